@@ -1,0 +1,142 @@
+"""On-disk dialects: one file each. A format says what proves it and what its tensors mean.
+
+A format speaks in the file's own names and knows no family; the planner lays its layers over one.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from diffquant.headers import Header
+from diffquant.plan import (
+    ROW_MAJOR,
+    Activation,
+    Encoding,
+    Layout,
+    Plan,
+    Role,
+    Rotation,
+)
+from diffquant.plugins import Registry
+from diffquant.sources import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """A tensor of the file in its role; `tensor` is the full stored name."""
+
+    role: Role
+    tensor: str
+    layout: Layout = ROW_MAJOR
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredLayer:
+    """One stored weight, in the file's own names. Fields mean what they mean in `plan.Piece`.
+
+    name       the stored module name (without `.weight` or `.qweight`)
+    stored_NK  logical shape [N, K], padding included
+    interleaved  rows of modulation chunks are stored as channel * S + chunk
+    plus_one     the bias of the scale chunks has 1 added in the file
+    gelu_shift   constant the file expects on the input where the family says GELU feeds the layer
+    """
+
+    name: str
+    stored_NK: tuple[int, int]
+    encoding: Encoding
+    parts: tuple[StoredPart, ...]
+    why: str
+    activation: Activation | None = None
+    smooth: Literal["multiply", "divide"] | None = None
+    rotation: Rotation | None = None
+    lowrank_input: Literal["raw", "smoothed"] | None = None
+    interleaved: bool = False
+    plus_one: bool = False
+    gelu_shift: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenPart:
+    """A role whose physical order only data can tell, for all layers named."""
+
+    topic: str
+    role: Role
+    layouts: tuple[Layout, ...]
+    layers: tuple[str, ...]
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What a format makes of a checkpoint. Tensors it does not mention are plain.
+
+    layers   quantized weights, and dense ones that carry smoothing, low rank or rotation
+    unused   stored tensor -> why nothing needs it
+    naming   the family naming its names follow, when the format knows; None: the planner finds it
+    strip    a prefix to remove from every stored name before a naming is applied
+    config   a module config the file itself carries (Nunchaku's metadata), {} otherwise
+    """
+
+    layers: tuple[StoredLayer, ...]
+    unused: Mapping[str, str] = field(default_factory=dict)
+    open: tuple[OpenPart, ...] = ()
+    notes: tuple[str, ...] = ()
+    naming: str | None = None
+    strip: str = ""
+    config: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hints:
+    """What a person typed that a format may need to know; every field is usually None.
+
+    nibbles, scales   which order 4-bit codes and block scales are in: low|high, linear|tiles
+    precision, rank   expectation for SVDQuant files, from the name or typed
+    raw_fp8           accept float8 weights that have no scale at all
+    """
+
+    nibbles: Literal["low", "high"] | None = None
+    scales: Literal["linear", "tiles"] | None = None
+    precision: Literal["int4", "nvfp4"] | None = None
+    rank: int | None = None
+    raw_fp8: bool = False
+
+
+NO_HINTS = Hints()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """One dialect.
+
+    evidence   the sentence that proves it (file, key, value), or None; reads content, not presence
+    read       checkpoint -> Reading; raises FormatError where the file contradicts its own claim
+    explains   other formats whose markers a true file of this one may also carry
+    write      Plan and a target directory -> files other tools read (see `Writer`)
+    """
+
+    evidence: Callable[[Checkpoint, Header], str | None]
+    read: Callable[[Checkpoint, Header, Hints], Reading]
+    explains: frozenset[str] = frozenset()
+    write: "Writer | None" = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """What a file of a dialect consists of: tensor renames and configuration.
+
+    tensors    plan part (layer path, piece, role) -> stored tensor name and layout
+    config     entries for config.json
+    metadata   entries for the safetensors header
+    lossless   None, or what is lost
+    """
+
+    tensors: Mapping[tuple[str, int, Role], StoredPart]
+    config: Mapping[str, object]
+    metadata: Mapping[str, str]
+    lossless: str | None = None
+
+
+Writer = Callable[[Plan], Export]
+
+FORMATS: Registry[Format] = Registry("diffquant.formats", "FORMAT")

@@ -1,0 +1,45 @@
+"""The one registry: a package whose modules each define one UPPER-CASE object.
+
+The module's name is the public name. Adding a thing is adding a file; there is no second list.
+Modules that start with an underscore are private to their package.
+"""
+
+import difflib
+import pkgutil
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Generic, TypeVar
+
+from diffquant.errors import UsageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Registry(Generic[T]):
+    """The objects called `attribute` in the modules of `package`."""
+
+    package: str
+    attribute: str
+
+    def names(self) -> tuple[str, ...]:
+        """Public names in alphabetical order; imports no plugin."""
+        paths = import_module(self.package).__path__
+        found = (module.name for module in pkgutil.iter_modules(paths))
+        return tuple(sorted(name for name in found if not name.startswith("_")))
+
+    def load(self, name: str) -> T:
+        """The object of that name. Raises UsageError, with the nearest names, when there is none."""
+        if name not in self.names():
+            near = difflib.get_close_matches(name, self.names(), n=3, cutoff=0.4)
+            kind = self.attribute.lower()
+            raise UsageError(
+                f"no {kind} is called {name!r}",
+                hint=f"one of: {', '.join(near or self.names())}",
+            )
+        loaded: T = getattr(import_module(f"{self.package}.{name}"), self.attribute)
+        return loaded
+
+    def load_all(self) -> dict[str, T]:
+        """Every object by name, in alphabetical order."""
+        return {name: self.load(name) for name in self.names()}

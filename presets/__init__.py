@@ -1,0 +1,1 @@
+"""Presets: which layers stay in high precision, with the evidence."""
