@@ -164,12 +164,15 @@ class Rotation:
 class Recode:
     """Quantize this dense piece to `encoding` while loading; siblings with one key share an amax.
 
-    granularity  of the weight scale: tensor, channel (one per row) or group (of `group` columns)
+    granularity  of the weight scale: tensor, channel (one per row), group (of `group` columns) or
+                 block (of `group` x `group`)
+    roles        the parts the quantized piece will have
     """
 
     encoding: Encoding
     granularity: Literal["tensor", "channel", "group", "block"]
     activation: Activation | None
+    roles: frozenset[Role]
     group: int | None = None
     shared_amax: str | None = None
     rank: int | None = None

@@ -1,13 +1,16 @@
 """Ways to multiply by an encoded weight: one file per kernel, its needs stated as data.
 
 Needs are checked before anything is loaded and every refusal is kept; try/except is not dispatch.
+`reference` is last and always possible, and it is the definition of correct.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from diffquant.plan import Activation, Encoding, Role, Rotation
+from diffquant.device import Device
+from diffquant.errors import KernelError
+from diffquant.plan import Activation, Encoding, LayerPlan, Piece, Role, Rotation
 from diffquant.plugins import Registry
 
 if TYPE_CHECKING:
@@ -17,6 +20,21 @@ if TYPE_CHECKING:
     Multiply = Callable[[Tensor, Parts], Tensor]
 
 Numerics = Literal["auto", "faithful", "weight-only"]
+
+#: Roles a kernel sees; smoothing, low rank and bias are computed around it, in `linear.py`.
+KERNEL_ROLES = frozenset(Role) - {
+    Role.SMOOTH,
+    Role.LOWRANK_UP,
+    Role.LOWRANK_DOWN,
+    Role.BIAS,
+    Role.INT_BIAS,
+}
+SCALE_ROLES = frozenset(
+    {Role.BLOCK_SCALE, Role.CHANNEL_SCALE, Role.TENSOR_SCALE, Role.OUTER_SCALE, Role.ZERO_POINT}
+    | {Role.CODEBOOK, Role.CORRECTION, Role.NESTED_SCALE, Role.NESTED_MAP, Role.GROUP_INDEX}
+)
+WEIGHT_ONLY = "none"
+ANY_ACTIVATION = "any"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +50,6 @@ class Spec:
     shape_NK: tuple[int, int]
     roles: frozenset[Role]
     activation: Activation | None = None
-    rotation: Rotation | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,32 +58,33 @@ class Needs:
 
     encodings    names of encodings
     scales       weight-scale roles it can apply; the piece's must be among them
-    activations  canonical activation strings it quantizes itself; "none" is weight-only
+    activations  canonical activation strings it quantizes itself; "none" is weight-only, "any" all
     devices      cpu, cuda, rocm, mps …;  sm: half-open range of compute capabilities such as 89..121
     multiple_of_N, multiple_of_K   shape constraints
-    packages     distributions that must be installed, with least versions
+    packages     distributions that must be installed on the device's machine
     """
 
     encodings: frozenset[str] = frozenset()
+    options: frozenset[str] | None = None
     scales: frozenset[Role] = frozenset()
-    activations: frozenset[str] = frozenset({"none"})
+    activations: frozenset[str] = frozenset({WEIGHT_ONLY})
     devices: frozenset[str] = frozenset()
     sm: tuple[int, int] | None = None
     multiple_of_N: int = 1
     multiple_of_K: int = 1
-    packages: Mapping[str, str] | None = None
+    packages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
     """One kernel.
 
-    rank      lower is tried first among those whose needs hold
-    build     Spec -> multiply(x [M, K], parts) -> [M, N]; imports vendors inside; no bias
-    prepare   canonical parts -> extra tensors for `multiply` on this device (repacks), or None
-    float32   the whole layer (smoothing, low rank, bias) is to be computed in float32 around it
-    opt_in    only runs when named by --kernel
-    identical name of a group of kernels that give bit-identical results
+    rank       lower is tried first among those whose needs hold
+    build      Spec -> multiply(x [M, K], parts) -> [M, N]; imports vendors inside; no bias
+    prepare    canonical parts -> extra tensors for `multiply` on this device (repacks), or None
+    float32    the whole layer (smoothing, low rank, bias) is to be computed in float32 around it
+    opt_in     only runs when named by --kernel
+    identical  name of a group of kernels that give bit-identical results
     """
 
     rank: int
@@ -79,3 +97,199 @@ class Kernel:
 
 
 KERNELS: Registry[Kernel] = Registry("diffquant.kernels", "KERNEL")
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a kernel that is tried before the chosen one may not run a piece."""
+
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The kernels of one layer on one device, one per piece, and why better ones refused.
+
+    specs      what each kernel was told, activation quantization included
+    """
+
+    path: str
+    kernels: tuple[str, ...]
+    specs: tuple[Spec, ...]
+    refusals: tuple[Refusal, ...] = ()
+
+    @property
+    def kernel(self) -> str:
+        """The distinct kernels, joined."""
+        return "+".join(dict.fromkeys(self.kernels))
+
+
+def choose(
+    layer: LayerPlan,
+    device: Device,
+    *,
+    numerics: Numerics = "auto",
+    kernel: str | None = None,
+    strict: bool = False,
+    kernels: Mapping[str, Kernel] | None = None,
+) -> Choice:
+    """The best kernel for each piece of the layer.
+
+    auto         a kernel that quantizes activations as the format asks, else weight-only
+    faithful     activations quantized as the format asks, on any device, emulated if need be
+    weight-only  activations are never quantized
+    kernel       demand this one wherever it knows the encoding; KernelError where it refuses
+    strict       KernelError when a format asks for quantized activations and no native kernel runs
+
+    Raises KernelError when nothing may run.
+    """
+    known = KERNELS.load_all() if kernels is None else kernels
+    ordered = sorted(known.items(), key=lambda item: item[1].rank)
+    chosen: list[str] = []
+    specs: list[Spec] = []
+    refusals: list[Refusal] = []
+    for piece in layer.pieces:
+        name, spec, refused = _choose_piece(piece, device, ordered, numerics, kernel)
+        if strict:
+            _require_native(layer.path, piece, name, spec, refused, known)
+        chosen.append(name)
+        specs.append(spec)
+        refusals.extend(item for item in refused if item not in refusals)
+    return Choice(
+        path=layer.path, kernels=tuple(chosen), specs=tuple(specs), refusals=tuple(refusals)
+    )
+
+
+def refusal(kernel: Kernel, spec: Spec, device: Device) -> str | None:
+    """Why the kernel may not run such a piece on the device; None when it may."""
+    for check in (_refuses_numbers, _refuses_device, _refuses_shape, _refuses_packages):
+        reason = check(kernel.needs, spec, device)
+        if reason is not None:
+            return reason
+    return None
+
+
+def spec_of(piece: Piece, activation: Activation | None) -> Spec:
+    """The kernel's view of a piece whose input is quantized by `activation` (None: not at all)."""
+    roles = (piece.roles if piece.recode is None else piece.recode.roles) & KERNEL_ROLES
+    shape = (len(piece.out), len(piece.cols))
+    return Spec(encoding=piece.runs_as, shape_NK=shape, roles=roles, activation=activation)
+
+
+def wanted(piece: Piece) -> Activation | None:
+    """The activation quantization the piece's format, or recode, asks for."""
+    return piece.activation if piece.recode is None else piece.recode.activation
+
+
+def _choose_piece(
+    piece: Piece,
+    device: Device,
+    ordered: list[tuple[str, Kernel]],
+    numerics: Numerics,
+    demanded: str | None,
+) -> tuple[str, Spec, list[Refusal]]:
+    refused: list[Refusal] = []
+    for name, kernel in ordered:
+        for spec in _ways(piece, kernel, numerics):
+            reason = _unwilling(name, kernel, demanded) or refusal(kernel, spec, device)
+            if reason is None:
+                return name, spec, refused
+            if _concerns(kernel, spec):
+                refused.append(Refusal(name, reason))
+    raise KernelError(
+        f"no kernel runs {piece.encoding} on {device.name}"
+        + (f": {demanded} was demanded" if demanded else ""),
+        hint="; ".join(f"{item.kernel}: {item.reason}" for item in refused) or None,
+    )
+
+
+def _ways(piece: Piece, kernel: Kernel, numerics: Numerics) -> list[Spec]:
+    """How this kernel could be asked to run the piece, the most faithful way first."""
+    asked = wanted(piece)
+    ways = []
+    emulates = ANY_ACTIVATION in kernel.needs.activations
+    if asked is not None and numerics != "weight-only" and not (emulates and numerics == "auto"):
+        ways.append(spec_of(piece, asked))
+    if asked is None or numerics != "faithful":
+        ways.append(spec_of(piece, None))
+    # A kernel that only multiplies quantized activations has no weight-only way.
+    weight_only = WEIGHT_ONLY in kernel.needs.activations
+    return [way for way in ways if way.activation is not None or weight_only] or ways[:1]
+
+
+def _unwilling(name: str, kernel: Kernel, demanded: str | None) -> str | None:
+    if demanded is None:
+        return "runs only when named by --kernel" if kernel.opt_in else None
+    # Dense pieces of a layer have one kernel; a demand speaks of the encoded ones.
+    return None if name in (demanded, "dense") else f"--kernel {demanded} was demanded"
+
+
+def _concerns(kernel: Kernel, spec: Spec) -> bool:
+    return not kernel.needs.encodings or spec.encoding.name in kernel.needs.encodings
+
+
+def _require_native(
+    path: str,
+    piece: Piece,
+    name: str,
+    spec: Spec,
+    refused: list[Refusal],
+    known: Mapping[str, Kernel],
+) -> None:
+    asked = wanted(piece)
+    emulated = ANY_ACTIVATION in known[name].needs.activations
+    if asked is not None and (spec.activation is None or emulated):
+        reasons = "; ".join(f"{item.kernel}: {item.reason}" for item in refused)
+        raise KernelError(
+            f"{path!r} asks for {asked} activations and no native kernel runs them here",
+            hint=f"without --strict it runs through {name}. {reasons}",
+        )
+
+
+def _refuses_numbers(needs: Needs, spec: Spec, device: Device) -> str | None:
+    if needs.encodings and spec.encoding.name not in needs.encodings:
+        return f"multiplies {_listed(needs.encodings)}, not {spec.encoding.name}"
+    if needs.options is not None and not _spelled_options(spec.encoding) <= needs.options:
+        return f"does not know {spec.encoding}"
+    scales = spec.roles & SCALE_ROLES
+    if needs.scales and not scales <= needs.scales:
+        return f"cannot apply {_listed(scales - needs.scales)}"
+    asked = WEIGHT_ONLY if spec.activation is None else str(spec.activation)
+    if ANY_ACTIVATION not in needs.activations and asked not in needs.activations:
+        if asked == WEIGHT_ONLY:
+            return f"quantizes activations ({_listed(needs.activations)}), weight-only is wanted"
+        return f"does not quantize activations as {asked}"
+    return None
+
+
+def _refuses_device(needs: Needs, spec: Spec, device: Device) -> str | None:
+    if needs.devices and device.kind not in needs.devices:
+        return f"needs {_listed(needs.devices)}, this is {device.kind}"
+    if needs.sm is not None and device.sm is not None:
+        low, high = needs.sm
+        if not low <= device.sm < high:
+            return f"needs sm{low} to sm{high - 1}, this is sm{device.sm}"
+    return None
+
+
+def _refuses_shape(needs: Needs, spec: Spec, device: Device) -> str | None:
+    n, k = spec.shape_NK
+    if n % needs.multiple_of_N:
+        return f"needs N to be a multiple of {needs.multiple_of_N}, this layer has {n}"
+    if k % needs.multiple_of_K:
+        return f"needs K to be a multiple of {needs.multiple_of_K}, this layer has {k}"
+    return None
+
+
+def _refuses_packages(needs: Needs, spec: Spec, device: Device) -> str | None:
+    missing = [name for name in needs.packages if name not in device.packages]
+    return f"needs {_listed(frozenset(missing))} installed" if missing else None
+
+
+def _spelled_options(encoding: Encoding) -> frozenset[str]:
+    return frozenset(f"{key}={value}" for key, value in encoding.options)
+
+
+def _listed(names: frozenset[str] | frozenset[Role]) -> str:
+    return ", ".join(sorted(str(name) for name in names))

@@ -1,0 +1,391 @@
+"""NVIDIA ModelOpt's exports of diffusers transformers (nvidia-modelopt 0.42 to 0.47).
+
+Per linear X, decided by the tensors that are there and not by the configuration, because one file
+mixes algorithms and `ignore` does not mean "plain" (a smoothed layer may be ignored):
+
+    X.weight           X.weight_scale               encoding     activation
+    F8_E4M3 [N, K]     F32 ()                       fp8          static if X.input_scale, else dynamic
+    F8_E4M3 [N, K]     F32 [N]                      fp8          dynamic per token
+    F8_E4M3 [N, K]     F32 [N/128, 1, K/128, 1]     fp8 blocks   none
+    F8_E4M3 [N, K]     U8 [N, K/32]                 mxfp8        dynamic groups of 32
+    U8 [N, K/2]        F8_E4M3 [N, K/16]            nvfp4        nvfp4; X.weight_scale_2 multiplies
+    U8 [N, K/2]        F8_E4M3 [N, K/32]            nvfp4        fp8 (W4A8_NVFP4_FP8)
+    U8 [N, K/2]        U8 [N, K/32]                 mxfp4        dynamic groups of 32
+    U8 [N/2, K]        F32 [N, K/128]               int4 AWQ     none, or fp8 (W4A8)
+    I8 [N, K]          F32 [N]                      int8         static if X.input_scale, else none
+
+Beside any of them, dense weights included: X.pre_quant_scale [K] multiplies the input, and
+X.svdquant_lora_a [R, K], X.svdquant_lora_b [N, R] are a low-rank branch on the scaled input.
+All scales multiply. The proof is `quant_method: modelopt` in config.json, hf_quant_config.json or
+the header. Block scales may have been swizzled or padded without a mark (releases from 0.45 on);
+where shape does not tell, the order is left open.
+
+Source: running the exporter; what is read from its releases is said where it matters.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffquant.errors import FormatError
+from diffquant.formats import (
+    Format,
+    Hints,
+    OpenPart,
+    Reading,
+    StoredLayer,
+    StoredPart,
+)
+from diffquant.headers import Header, Tensor
+from diffquant.plan import DENSE, ROW_MAJOR, Activation, Encoding, Layout, Role
+from diffquant.sources import Checkpoint
+
+METHODS = ("modelopt", "modelopt_fp8", "modelopt_fp4")
+TILES = Layout("tiles_128x4")
+
+#: Algorithms whose activations stay in high precision, in any spelling the exporter uses.
+WEIGHT_ONLY = frozenset({"W4A16_NVFP4", "W4A16_AWQ", "W8A16", "FP8_PB_WO"})
+#: Algorithms whose activations are fp8 whatever the weight is.
+FP8_ACTIVATIONS = frozenset({"W4A8_NVFP4_FP8", "W4A8_AWQ", "W4A8_AWQ_BETA"})
+
+#: Extra tensors of a layer: ending -> role.
+EXTRAS: Mapping[str, Role] = {
+    "weight_scale_2": Role.TENSOR_SCALE,
+    "input_scale": Role.INPUT_SCALE,
+    "pre_quant_scale": Role.SMOOTH,
+    "svdquant_lora_a": Role.LOWRANK_DOWN,
+    "svdquant_lora_b": Role.LOWRANK_UP,
+    "bias": Role.BIAS,
+}
+QUANTIZED = frozenset({"F8_E4M3", "F8_E5M2", "U8", "I8"})
+STRAY = re.compile(r"\.[a-z0-9_]*quantizer\._amax$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Declaration:
+    """What the file says of itself, whichever of its places says it.
+
+    algorithm   of all layers, upper case; None when the export quantized nothing
+    per_layer   MIXED_PRECISION: layer -> algorithm
+    ignore      patterns: a trailing * is a raw prefix
+    where       the file and key it was read from
+    """
+
+    algorithm: str | None
+    where: str
+    per_layer: Mapping[str, str] = field(default_factory=dict)
+    ignore: tuple[str, ...] = ()
+    producer: str | None = None
+    kv_cache: bool = False
+    weight_only: bool = False
+
+    def of(self, layer: str) -> str | None:
+        return self.per_layer.get(layer, self.algorithm)
+
+
+def declared(checkpoint: Checkpoint, header: Header) -> Declaration | None:
+    """The first ModelOpt declaration found in config.json, hf_quant_config.json, header metadata."""
+    for where, block in _declarations(checkpoint, header):
+        if block.get("quant_method") in METHODS:
+            return _declaration(where, block)
+    return None
+
+
+def _evidence(checkpoint: Checkpoint, header: Header) -> str | None:
+    found = declared(checkpoint, header)
+    if found is None:
+        return None
+    algorithm = found.algorithm or "no quant_algo"
+    return f"{found.where} says quant_method modelopt, {algorithm}"
+
+
+def _read(checkpoint: Checkpoint, header: Header, hints: Hints) -> Reading:
+    declaration = declared(checkpoint, header)
+    assert declaration is not None, "read is called only where evidence was found"
+    layers = tuple(
+        _layer(name, header, declaration, hints) for name in _layer_names(header)
+    )
+    stray = {
+        name: "an amax left by a quantizer that is declared, not applied"
+        for name in header.tensors
+        if STRAY.search(name)
+    }
+    return Reading(
+        layers=layers,
+        unused=stray,
+        open=_open_scales(layers, header, hints),
+        notes=tuple(_notes(declaration, layers, header)),
+        naming=None,
+    )
+
+
+def _declarations(
+    checkpoint: Checkpoint, header: Header
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every quantization block, with the place it was found in."""
+    block = checkpoint.config.get("quantization_config")
+    if isinstance(block, Mapping):
+        yield "config.json quantization_config", block
+    side = checkpoint.sidecars.get("hf_quant_config.json")
+    if side is not None:
+        yield "hf_quant_config.json", _nested(_json(side.read_text("utf-8"), str(side)))
+    text = header.metadata.get("quantization_config")
+    if text is not None:
+        yield "header metadata quantization_config", _nested(_json(text, "header metadata"))
+
+
+def _json(text: str, where: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise FormatError(f"{where} is not readable JSON: {error}") from error
+    if not isinstance(value, Mapping):
+        raise FormatError(f"{where} holds a {type(value).__name__}, an object was needed")
+    return value
+
+
+def _nested(block: Mapping[str, Any]) -> Mapping[str, Any]:
+    """hf_quant_config.json nests what config.json has flat, under other names."""
+    inner = block.get("quantization")
+    if not isinstance(inner, Mapping):
+        return block
+    return {
+        "quant_method": "modelopt",
+        "ignore": inner.get("exclude_modules", []),
+        "producer": block.get("producer", {}),
+        **inner,
+    }
+
+
+def _declaration(where: str, block: Mapping[str, Any]) -> Declaration:
+    producer = block.get("producer") or {}
+    groups = list((block.get("config_groups") or {}).values())
+    algorithm = block.get("quant_algo")
+    layers = block.get("quantized_layers") or {}
+    return Declaration(
+        algorithm=str(algorithm).upper() if algorithm else None,
+        where=where,
+        per_layer={name: str(layer["quant_algo"]).upper() for name, layer in layers.items()},
+        ignore=tuple(block.get("ignore") or ()),
+        producer=producer.get("version") if isinstance(producer, Mapping) else None,
+        kv_cache=bool(block.get("kv_cache_scheme")),
+        weight_only=bool(groups) and all("input_activations" not in group for group in groups),
+    )
+
+
+def _layer_names(header: Header) -> Iterator[str]:
+    """Layers with a quantized weight, or a dense one that is smoothed or has a low-rank branch."""
+    for name, tensor in header.tensors.items():
+        if not name.endswith(".weight"):
+            continue
+        layer = name.removesuffix(".weight")
+        changed = (f"{layer}.pre_quant_scale", f"{layer}.svdquant_lora_a")
+        if tensor.dtype in QUANTIZED or any(key in header.tensors for key in changed):
+            yield layer
+
+
+def _layer(name: str, header: Header, declaration: Declaration, hints: Hints) -> StoredLayer:
+    weight = header.tensors[f"{name}.weight"]
+    scale = header.tensors.get(f"{name}.weight_scale")
+    encoding, stored_NK, parts = _numbers(name, weight, scale, hints)
+    for ending, role in EXTRAS.items():
+        if f"{name}.{ending}" in header.tensors:
+            parts = (*parts, StoredPart(role, f"{name}.{ending}"))
+    roles = {part.role for part in parts}
+    return StoredLayer(
+        name=name,
+        stored_NK=stored_NK,
+        encoding=encoding,
+        parts=parts,
+        activation=_activation(encoding, roles, declaration, name),
+        smooth="multiply" if Role.SMOOTH in roles else None,
+        lowrank_input="smoothed" if Role.LOWRANK_DOWN in roles else None,
+        why=f"{declaration.where} {declaration.of(name) or ''}".strip(),
+    )
+
+
+Numbers = tuple[Encoding, tuple[int, int], tuple[StoredPart, ...]]
+
+
+def _numbers(name: str, weight: Tensor, scale: Tensor | None, hints: Hints) -> Numbers:
+    """Encoding, logical shape and weight-side parts of one layer, from dtypes and shapes."""
+    if len(weight.shape) != 2:
+        raise FormatError(f"{weight.name!r} is quantized and has shape {weight.shape}, not [N, K]")
+    rows, columns = weight.shape
+    codes = StoredPart(Role.CODES, weight.name, _codes_layout(hints))
+    if weight.dtype not in QUANTIZED:
+        return DENSE, (rows, columns), (StoredPart(Role.CODES, weight.name),)
+    if scale is None:
+        # The audit names the missing scale; nothing is invented for it.
+        return _unscaled(weight), (rows, columns), (codes,)
+    if weight.dtype == "U8":
+        return _packed(weight, scale, codes, hints)
+    plain = StoredPart(Role.CODES, weight.name)
+    if scale.dtype in ("U8", "F8_E8M0"):
+        parts = (plain, _block_scale(scale, (rows, -(-columns // 32)), hints))
+        return Encoding("mxfp8"), (rows, columns), parts
+    number = {"I8": Encoding("int8"), "F8_E5M2": Encoding("fp8", (("kind", "e5m2"),))}
+    encoding = number.get(weight.dtype, Encoding("fp8"))
+    return encoding, (rows, columns), (plain, StoredPart(_scale_role(scale, rows), scale.name))
+
+
+def _unscaled(weight: Tensor) -> Encoding:
+    names = {"U8": "nvfp4", "I8": "int8"}
+    return Encoding(names.get(weight.dtype, "fp8"))
+
+
+def _packed(weight: Tensor, scale: Tensor, codes: StoredPart, hints: Hints) -> Numbers:
+    """Two 4-bit codes per byte: columns paired (nvfp4, mxfp4) or rows paired (int4 AWQ)."""
+    rows, width = weight.shape
+    if scale.dtype == "F32":
+        paired = StoredPart(Role.CODES, weight.name, Layout("rows_paired"))
+        return Encoding("int4"), (2 * rows, width), (paired, _plain_scale(scale))
+    columns = 2 * width
+    if scale.dtype in ("U8", "F8_E8M0"):
+        return Encoding("mxfp4"), (rows, columns), (codes, _block_scale(scale, (rows, -(-columns // 32)), hints))
+    block = 32 if scale.shape[-1] * 32 == columns else 16
+    encoding = Encoding("nvfp4", () if block == 16 else (("block", "32"),))
+    return encoding, (rows, columns), (codes, _block_scale(scale, (rows, -(-columns // block)), hints))
+
+
+def _plain_scale(scale: Tensor) -> StoredPart:
+    return StoredPart(Role.BLOCK_SCALE, scale.name)
+
+
+def _block_scale(scale: Tensor, linear: tuple[int, int], hints: Hints) -> StoredPart:
+    """Row-major unless the shape proves tiles, or a person said so; `_open_scales` asks the rest."""
+    tiled = hints.scales == "tiles" or (hints.scales is None and is_tiled(scale.shape, linear))
+    return StoredPart(Role.BLOCK_SCALE, scale.name, TILES if tiled else ROW_MAJOR)
+
+
+def is_tiled(stored: tuple[int, ...], linear: tuple[int, int]) -> bool:
+    """Whether only 128 x 4 tiles explain the shape: rows padded to 128, columns to 4 (or 16)."""
+    return tuple(stored) != linear
+
+
+def _codes_layout(hints: Hints) -> Layout:
+    return Layout("row_major", (("nibbles", "high"),)) if hints.nibbles == "high" else ROW_MAJOR
+
+
+def _scale_role(scale: Tensor, rows: int) -> Role:
+    count = 1
+    for size in scale.shape:
+        count *= size
+    if count == 1:
+        return Role.TENSOR_SCALE
+    flat = len(scale.shape) == 1 or scale.shape == (rows, 1)
+    return Role.CHANNEL_SCALE if flat else Role.BLOCK_SCALE
+
+
+def _activation(
+    encoding: Encoding, roles: set[Role], declaration: Declaration, name: str
+) -> Activation | None:
+    """How inputs must be quantized. A missing input_scale makes a static scheme dynamic."""
+    algorithm = declaration.of(name) or ""
+    if encoding == DENSE or algorithm in WEIGHT_ONLY or declaration.weight_only:
+        return None
+    mode = "static" if Role.INPUT_SCALE in roles else "dynamic"
+    if encoding.name in ("mxfp8", "mxfp4"):
+        return Activation(number=encoding.name, granularity="group", group=32, mode="dynamic")
+    if algorithm in FP8_ACTIVATIONS:
+        return Activation(number="fp8", granularity="tensor", mode=mode)
+    if encoding.name == "nvfp4":
+        return Activation(number="nvfp4", granularity="group", group=16, mode=mode)
+    if encoding.name == "int4" or Role.BLOCK_SCALE in roles:
+        return None
+    if Role.CHANNEL_SCALE in roles and encoding.name == "fp8":
+        return Activation(number="fp8", granularity="token", mode="dynamic")
+    if encoding.name == "int8" and mode == "dynamic":
+        return None
+    return Activation(number=encoding.name, granularity="tensor", mode=mode)
+
+
+def _open_scales(
+    layers: tuple[StoredLayer, ...], header: Header, hints: Hints
+) -> tuple[OpenPart, ...]:
+    """Scales whose shape fits both orders. An exporter that swizzles also writes header metadata, so
+    without that block the linear order is taken as proved."""
+    if hints.scales is not None or "quantization_config" not in header.metadata:
+        return ()
+    doubtful = tuple(
+        layer.name
+        for layer in layers
+        for part in layer.parts
+        if part.role is Role.BLOCK_SCALE
+        and part.layout == ROW_MAJOR
+        and layer.encoding.name in ("nvfp4", "mxfp4", "mxfp8")
+        and _fits_tiles(header.tensors[part.tensor].shape)
+    )
+    if not doubtful:
+        return ()
+    why = "the header was rewritten after export and the scales' shape fits rows and 128 x 4 tiles"
+    return (
+        OpenPart(
+            topic="scale layout",
+            role=Role.BLOCK_SCALE,
+            layouts=(ROW_MAJOR, TILES),
+            layers=doubtful,
+            why=why,
+        ),
+    )
+
+
+def _fits_tiles(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and shape[0] % 128 == 0 and shape[1] % 4 == 0
+
+
+def _notes(
+    declaration: Declaration, layers: tuple[StoredLayer, ...], header: Header
+) -> Iterator[str]:
+    quantized = [layer for layer in layers if layer.encoding != DENSE]
+    if not quantized:
+        yield (
+            f"{declaration.where} names ModelOpt, but no weight in the file is quantized: exporters "
+            "before 0.45 wrote plain weights for some families"
+        )
+    dynamic = [
+        layer.name
+        for layer in quantized
+        if layer.activation is not None
+        and layer.activation.granularity == "tensor"
+        and layer.activation.mode == "dynamic"
+    ]
+    if dynamic:
+        yield f"{len(dynamic)} layers lack input_scale and quantize dynamically, first {dynamic[0]!r}"
+    if declaration.kv_cache:
+        yield "attention quantizers are declared (kv_cache_scheme), and not applied"
+    yield from _lost_smoothing(declaration, layers)
+
+
+def _lost_smoothing(declaration: Declaration, layers: tuple[StoredLayer, ...]) -> Iterator[str]:
+    """Releases up to 0.45 dropped pre_quant_scale while the algorithm still says it was used."""
+    smoothed = any(layer.smooth for layer in layers)
+    algorithm = declaration.algorithm or ""
+    if smoothed or not layers:
+        return
+    if algorithm in ("NVFP4_SVD", "NVFP4_AWQ", "W4A16_AWQ", "W4A8_AWQ"):
+        raise FormatError(
+            f"quant_algo {algorithm} smooths its layers, and the file holds no pre_quant_scale "
+            f"(written by ModelOpt {declaration.producer or 'of unknown version'})",
+            hint="export again with nvidia-modelopt >= 0.46; releases up to 0.45 lose these tensors",
+        )
+    if algorithm == "W8A8_SQ_PER_CHANNEL" and _older(declaration.producer, (0, 46)):
+        yield (
+            f"written by ModelOpt {declaration.producer}, which loses SmoothQuant's scales: if the "
+            "export was smoothed, its pictures will be wrong and nothing in the file can tell"
+        )
+
+
+def _older(version: str | None, than: tuple[int, int]) -> bool:
+    numbers = re.findall(r"\d+", version or "")[:2]
+    return len(numbers) == 2 and (int(numbers[0]), int(numbers[1])) < than
+
+
+FORMAT = Format(
+    evidence=_evidence,
+    read=_read,
+    # True files carry Comfy's layer metadata too, and old exports may hold plain weights only.
+    explains=frozenset({"comfy", "diffusers", "fp8"}),
+)

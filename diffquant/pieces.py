@@ -1,0 +1,170 @@
+"""A piece's stored tensors in canonical order, and a layer's dense weight.
+
+Layout first, rows after: whatever a file's physical order, it is undone on the whole stored tensor
+before a row or column of it is taken.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffquant.encodings import ENCODINGS
+from diffquant.layouts import LAYOUTS
+from diffquant.plan import ROW_ROLES, Encoding, LayerPlan, Part, Piece, Role, Span
+from diffquant.rotation import rotated
+from diffquant.tensors import Weights
+
+#: Roles whose last axis runs along K, in columns or in groups of them.
+COLUMN_ROLES = frozenset(
+    {Role.CODES, Role.SMOOTH, Role.LOWRANK_DOWN, Role.BLOCK_SCALE, Role.OUTER_SCALE}
+    | {Role.ZERO_POINT, Role.CORRECTION}
+)
+SCALARS = frozenset({Role.TENSOR_SCALE, Role.INPUT_SCALE, Role.INPUT_ZERO_POINT})
+
+
+def canonical(piece: Piece, weights: Weights) -> dict[Role, Tensor]:
+    """The piece's parts after layout, rows and columns; axes as in `plan.Role`."""
+    parts = {part.role: _undone(part, piece, weights) for part in piece.parts}
+    if piece.take:
+        _expand_block_rows(parts, piece.stored_NK[0])
+        parts = {role: _taken(role, part, piece.take) for role, part in parts.items()}
+    return {role: _cut(role, part, piece) for role, part in parts.items()}
+
+
+def decoded(piece: Piece, parts: dict[Role, Tensor]) -> Tensor:
+    """The stored weight of the piece as float32 [N, K]: neither smoothing nor low rank applied."""
+    shape_NK = (len(piece.out), len(piece.cols))
+    return ENCODINGS.load(piece.encoding.name).decode(parts, piece.encoding, shape_NK)
+
+
+def bias_of(layer: LayerPlan, parts: Sequence[dict[Role, Tensor]]) -> Tensor | None:
+    """The layer's bias [N] from all its pieces, offsets applied; None when no piece has one.
+
+    A single untouched bias keeps its stored dtype and storage; sums are made in float32.
+    """
+    placed = [
+        (piece, held[Role.BIAS])
+        for piece, held in zip(layer.pieces, parts, strict=True)
+        if Role.BIAS in held
+    ]
+    if not placed:
+        return None
+    first, stored = placed[0]
+    if len(placed) == 1 and len(first.out) == layer.shape_NK[0] and not first.bias_offsets:
+        return stored
+    total = torch.zeros(layer.shape_NK[0])
+    for piece, bias in placed:
+        total[piece.out.as_slice()] += _offset(piece, bias.float())
+    return total.to(stored.dtype)
+
+
+def dense(layer: LayerPlan, weights: Weights) -> tuple[Tensor, Tensor | None]:
+    """The one plain linear equal to the layer with activations unquantized: float32 W [N, K], b [N].
+
+    Smoothing, rotation and low rank are folded into W, the shift of a GELU-fed layer into b.
+    """
+    parts = [canonical(piece, weights) for piece in layer.pieces]
+    weight = torch.zeros(layer.shape_NK)
+    bias = bias_of(layer, parts)
+    total = torch.zeros(layer.shape_NK[0]) if bias is None else bias.float().clone()
+    for piece, held in zip(layer.pieces, parts, strict=True):
+        folded, shifted = _folded(piece, held)
+        weight[piece.out.as_slice(), piece.cols.as_slice()] += folded
+        total[piece.out.as_slice()] += shifted
+    shifts = any(piece.shift for piece in layer.pieces)
+    return weight, None if bias is None and not shifts else total
+
+
+def _folded(piece: Piece, parts: dict[Role, Tensor]) -> tuple[Tensor, Tensor]:
+    """W and the bias that `shift` stands for, so that W x + b is the piece for any raw x."""
+    weight = rotated(decoded(piece, parts), piece.rotation)
+    low = None
+    if piece.lowrank_input is not None:
+        low = parts[Role.LOWRANK_UP].float() @ parts[Role.LOWRANK_DOWN].float()
+    if low is not None and piece.lowrank_input == "smoothed":
+        weight, low = weight + low, None
+    if piece.smooth is not None:
+        smooth = parts[Role.SMOOTH].float()
+        weight = weight * smooth if piece.smooth == "multiply" else weight / smooth
+    shifted = piece.shift * weight.sum(1)
+    return (weight if low is None else weight + low), shifted
+
+
+def _undone(part: Part, piece: Piece, weights: Weights) -> Tensor:
+    stored = weights.tensor(part.ref.file, part.ref.name)
+    shape = logical_shape(part.role, stored, piece.encoding, piece.stored_NK)
+    order = LAYOUTS.load(part.layout.name)
+    return order.undo(stored, part.role, shape, part.layout.options)
+
+
+def logical_shape(
+    role: Role, stored: Tensor, encoding: Encoding, stored_NK: tuple[int, int]
+) -> tuple[int, ...]:
+    """The axes a part has once its layout is undone; counts not told by N and K come from its size."""
+    n, k = stored_NK
+    if role in SCALARS:
+        return ()
+    if role is Role.CODES:
+        return (n, k)
+    if role in (Role.SMOOTH, Role.GROUP_INDEX):
+        return (k,)
+    if role is Role.LOWRANK_DOWN:
+        return (stored.numel() // k, k)
+    if role is Role.LOWRANK_UP:
+        return (n, stored.numel() // n)
+    if role is Role.BLOCK_SCALE:
+        return _scale_shape(stored, encoding, stored_NK)
+    if role is Role.OUTER_SCALE or (role is Role.ZERO_POINT and stored.numel() != n):
+        return (n, stored.numel() // n)
+    return (n,) if role in ROW_ROLES else tuple(stored.shape)
+
+
+def _scale_shape(stored: Tensor, encoding: Encoding, stored_NK: tuple[int, int]) -> tuple[int, ...]:
+    n, k = stored_NK
+    group = ENCODINGS.load(encoding.name).group
+    if group is not None:
+        return (n, -(-k // int(encoding.option("block", str(group)))))
+    squeezed = tuple(size for size in stored.shape if size != 1)
+    if stored.numel() % n == 0 and n in stored.shape:
+        return (n, stored.numel() // n)
+    return squeezed if len(squeezed) == 2 else tuple(stored.shape)
+
+
+def _expand_block_rows(parts: dict[Role, Tensor], n: int) -> None:
+    """Two-dimensional blocks become one row of scales per weight row, so that rows can be taken."""
+    scale = parts.get(Role.BLOCK_SCALE)
+    if scale is not None and scale.shape[0] != n:
+        rows = -(-n // scale.shape[0])
+        parts[Role.BLOCK_SCALE] = scale.repeat_interleave(rows, dim=0)[:n]
+
+
+def _taken(role: Role, part: Tensor, take: Sequence[Span]) -> Tensor:
+    if role not in ROW_ROLES or not part.dim():
+        return part
+    cuts = [_bytes_first(part)[span.as_slice()] for span in take]
+    joined = cuts[0] if len(cuts) == 1 else torch.cat(cuts)
+    return joined.contiguous().view(part.dtype)
+
+
+def _bytes_first(part: Tensor) -> Tensor:
+    """float8 has no concatenation on every device; its bytes have."""
+    return part.view(torch.uint8) if part.element_size() == 1 else part
+
+
+def _cut(role: Role, part: Tensor, piece: Piece) -> Tensor:
+    """Drops padded columns: codes by columns or bytes, scales by groups."""
+    wanted, stored = len(piece.cols), piece.stored_NK[1]
+    if role not in COLUMN_ROLES or wanted == stored or not part.dim():
+        return part
+    keep = -(-part.shape[-1] * wanted // stored)
+    return part[..., :keep].contiguous()
+
+
+def _offset(piece: Piece, bias: Tensor) -> Tensor:
+    if not piece.bias_offsets:
+        return bias
+    moved = bias.clone()
+    for offset in piece.bias_offsets:
+        moved[offset.rows.as_slice()] += offset.value
+    return moved
