@@ -375,7 +375,7 @@ class _Sheet:
     def _piece(self, layer: StoredLayer, rule: Rule, path: str, rows: Span) -> Piece:
         n, k = self._shape(path)
         chunks = self._chunks(path) if layer.interleaved else None
-        shift = layer.gelu_shift if self._behind_gelu(path, rule) else 0.0
+        shift = layer.gelu_shift if layer.gelu_shift and self._behind_gelu(path, rule) else 0.0
         activation = layer.activation
         if shift and activation is not None:
             activation = replace(activation, unsigned=True)

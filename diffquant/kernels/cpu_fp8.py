@@ -4,7 +4,7 @@ An e4m3 byte s eeee mmm becomes the bfloat16 number s 0000eeee mmm0000 by a sign
 a shift by 4 and a mask. Its value is then 2^-120 of what was meant, because the exponent biases are
 7 and 127, and one exact multiplication by 2^120 mends that, subnormals included. Every e4m3 value is
 exact in bfloat16, so tensor and channel scales are applied to the product, and block scales to the
-chunk. NaN bytes decode to 480 here; materialize refuses files that hold any.
+chunk. NaN bytes decode to 480 here; `inspect --deep` names files that hold any.
 
 The buffer is one per thread and dtype: a fresh 75 MB tensor per call costs ten times its decoding in
 page faults.
@@ -13,6 +13,7 @@ page faults.
 import threading
 from typing import TYPE_CHECKING
 
+from diffquant.encodings.fp8 import block_cell
 from diffquant.kernels import Kernel, Needs, Spec
 from diffquant.plan import Role
 
@@ -42,7 +43,7 @@ def _build(spec: Spec) -> "Multiply":
             stop = min(start + rows, n)
             chunk = _decoded(codes_NK[start:stop], rows, x_MK.dtype)
             if blocks:
-                chunk = _scaled(chunk, parts[Role.BLOCK_SCALE], start, spec.shape_NK)
+                chunk = _scaled(chunk, parts[Role.BLOCK_SCALE], start, spec)
             # A strided slice is no legal out=; the product of one chunk is small.
             y_MN[:, start:stop] = x_MK @ chunk.T
         for role in (Role.TENSOR_SCALE, Role.CHANNEL_SCALE):
@@ -63,18 +64,17 @@ def _decoded(codes: "Tensor", rows: int, dtype: "Dtype") -> "Tensor":
     return values if dtype == torch.bfloat16 else values.to(dtype)
 
 
-def _scaled(chunk: "Tensor", scale: "Tensor", start: int, shape_NK: tuple[int, int]) -> "Tensor":
-    """The chunk times its block scales [N / bn, K / bk]; the last blocks may be ragged."""
-    block_n, block_k = (-(-size // count) for size, count in zip(shape_NK, scale.shape, strict=True))
-    block_n, block_k = _power(block_n), _power(block_k)
-    stop = start + chunk.shape[0]
-    per_row = scale.repeat_interleave(block_n, 0)[start:stop] if block_n > 1 else scale[start:stop]
-    return chunk * per_row.to(chunk.dtype).repeat_interleave(block_k, 1)[:, : chunk.shape[1]]
-
-
-def _power(size: int) -> int:
-    """The block size: the next power of two, for a ragged last block makes the mean a bit smaller."""
-    return 1 << (size - 1).bit_length()
+def _scaled(chunk: "Tensor", scale: "Tensor", start: int, spec: Spec) -> "Tensor":
+    """The chunk times its block scales: (N / bn, K / bk) with ragged last blocks, or (N, groups)."""
+    n, k = spec.shape_NK
+    if scale.shape[0] == n:
+        rows, columns = scale[start : start + chunk.shape[0]], -(-k // scale.shape[1])
+    else:
+        cell = block_cell(spec.encoding)
+        numbers = range(start, start + chunk.shape[0])
+        rows, columns = scale[[number // cell.rows for number in numbers]], cell.columns
+    spread = rows.to(chunk.dtype).repeat_interleave(columns, 1)
+    return chunk * spread[:, : chunk.shape[1]]
 
 
 def _buffer(name: str, shape: tuple[int, int], dtype: "Dtype") -> "Tensor":

@@ -1,0 +1,71 @@
+"""Is a file whole? Owners, scales and shapes from headers; finite values and sane ranges from weights."""
+
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+
+from diffquant.headers import Header
+from diffquant.plan import LayerPlan, Part, Piece, Plan, Role
+from diffquant.planner import Draft, Problem
+
+#: Roles whose number of values follows from N and K alone.
+PER_ROW = frozenset({Role.CHANNEL_SCALE, Role.BIAS, Role.OUTPUT_SCALE})
+SINGLE = frozenset({Role.TENSOR_SCALE, Role.INPUT_SCALE})
+
+
+def audit(draft: Draft, header: Header, *, deep: bool = False) -> tuple[Problem, ...]:
+    """Everything wrong with a checkpoint. `deep` reads every scale and float8 weight."""
+    problems = [*draft.problems, *_shapes(draft.plan, header)]
+    if deep and not problems:
+        problems.extend(_values(draft.plan))
+    return tuple(dict.fromkeys(problems))
+
+
+def _shapes(plan: Plan, header: Header) -> Iterator[Problem]:
+    for layer in plan.layers:
+        for piece in layer.pieces:
+            for part in piece.parts:
+                yield from _shape(layer, piece, part, header)
+
+
+def _shape(layer: LayerPlan, piece: Piece, part: Part, header: Header) -> Iterator[Problem]:
+    n, k = piece.stored_NK
+    shape = header.tensors[part.ref.name].shape
+    wanted = {role: 1 for role in SINGLE} | {role: n for role in PER_ROW} | {Role.SMOOTH: k}
+    count = wanted.get(part.role)
+    if count is not None and prod(shape) != count:
+        yield Problem(part.ref.name, f"has shape {list(shape)}, {layer.path!r} needs {count} values")
+    axes = {Role.LOWRANK_DOWN: k, Role.LOWRANK_UP: n}
+    if part.role in axes and axes[part.role] not in shape:
+        what = f"has shape {list(shape)}, one axis must be {axes[part.role]} for {layer.path!r}"
+        yield Problem(part.ref.name, what)
+
+
+def _values(plan: Plan) -> Iterator[Problem]:
+    """Non-finite or negative scales, NaN codes under a scale that is not zero."""
+    import torch
+
+    from diffquant.tensors import Weights
+
+    weights = Weights([Path(file.path) for file in plan.files])
+    for layer in plan.layers:
+        for piece in layer.pieces:
+            for part in piece.parts:
+                stored = weights.tensor(part.ref.file, part.ref.name)
+                if not stored.is_floating_point():
+                    continue
+                finite = torch.isfinite(stored.float())
+                if not finite.all() and not _is_zero_layer(piece, weights):
+                    bad = int((~finite).sum())
+                    yield Problem(part.ref.name, f"holds {bad} values that are not finite")
+                if part.role is Role.TENSOR_SCALE and bool((stored < 0).any()):
+                    yield Problem(part.ref.name, "is a negative scale")
+
+
+def _is_zero_layer(piece: Piece, weights: object) -> bool:
+    """ModelOpt writes an all-zero weight as NaN codes under a zero scale."""
+    from diffquant.tensors import Weights
+
+    scale = piece.part(Role.TENSOR_SCALE)
+    assert isinstance(weights, Weights)
+    return scale is not None and not weights.tensor(scale.ref.file, scale.ref.name).any()

@@ -1,0 +1,58 @@
+"""Kernels behind one torch operator, so that `torch.compile` sees a call it need not look into.
+
+    diffquant::multiply(x [M, K], parts, text) -> [M, N]
+
+`text` names the kernel and the spec; the built product and the order of its parts are found by it.
+"""
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from diffquant.kernels import KERNELS, Spec
+from diffquant.plan import Role
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffquant.kernels import Multiply, Parts
+
+_built: dict[str, tuple["Multiply", tuple[Role, ...], int]] = {}
+
+
+def multiplier(kernel: str, spec: Spec) -> "Multiply":
+    """The kernel's product for this spec, as a call of the operator."""
+    text = _text(kernel, spec)
+    if text not in _built:
+        roles = tuple(sorted(spec.roles))
+        _built[text] = (KERNELS.load(kernel).build(spec), roles, spec.shape_NK[0])
+    roles = _built[text][1]
+    operator = _operator()
+
+    def multiply(x_MK: "Tensor", parts: "Parts") -> "Tensor":
+        product: Tensor = operator(x_MK, [parts[role] for role in roles], text)
+        return product
+
+    return multiply
+
+
+def _text(kernel: str, spec: Spec) -> str:
+    n, k = spec.shape_NK
+    roles = ",".join(sorted(spec.roles))
+    return f"{kernel}|{spec.encoding}|{spec.activation or 'none'}|{n}x{k}|{roles}"
+
+
+@cache
+def _operator() -> Any:
+    """Registers the operator on first use; torch is imported here and not with the package."""
+    import torch
+
+    def multiply(x: torch.Tensor, parts: list[torch.Tensor], text: str) -> torch.Tensor:
+        product, roles, _ = _built[text]
+        return product(x, dict(zip(roles, parts, strict=True)))
+
+    def shape_only(x: torch.Tensor, parts: list[torch.Tensor], text: str) -> torch.Tensor:
+        return x.new_empty(x.shape[0], _built[text][2])
+
+    registered = torch.library.custom_op("diffquant::multiply", multiply, mutates_args=())
+    registered.register_fake(shape_only)
+    return registered

@@ -1,0 +1,294 @@
+"""The whole sentence: flags -> resolution -> plans -> choices -> transformers -> pipeline.
+
+`dry_run` and `inspect` stop before torch; `load` goes on. run, serve, compare, converters and the
+public API all come through here.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from diffquant import audit, device, headers, planner, resolve, sources
+from diffquant.device import Device
+from diffquant.errors import UsageError
+from diffquant.formats import NO_HINTS, Hints
+from diffquant.kernels import Choice, Numerics, choose, wanted
+from diffquant.plan import DENSE, LayerPlan, Plan
+from diffquant.planner import Problem
+from diffquant.resolve import ComponentSource, ModelFlags, Resolution
+from diffquant.sources import Checkpoint
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: component, layers done, layers in all
+Progress = Callable[[str, int, int], None]
+DTYPES = {
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+    "float32": "float32",
+    "fp32": "float32",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFlags:
+    """What was typed about running: device, compute dtype, numerics and kernels.
+
+    pinned  component -> layer -> kernel, from a picture's metadata: run exactly these
+    """
+
+    device: str | None = None
+    dtype: str = "bfloat16"
+    numerics: Numerics = "auto"
+    kernel: str | None = None
+    strict: bool = False
+    pinned: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DryRun:
+    """Everything decided before a weight is read."""
+
+    resolution: Resolution
+    plans: Mapping[str, Plan]
+    choices: Mapping[str, tuple[Choice, ...]]
+    device: Device
+    run: RunFlags
+
+    @property
+    def truth_lines(self) -> tuple[str, ...]:
+        """One line per component: how many linears are what, through which kernel."""
+        return tuple(
+            f"{name}: {tally(plan, self.choices[name])}" for name, plan in self.plans.items()
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a loaded pipeline runs: plans, choices, the rules that fired, the truth lines."""
+
+    plans: Mapping[str, Plan]
+    choices: Mapping[str, tuple[Choice, ...]]
+    fired: tuple[resolve.Fired, ...]
+    truth_lines: tuple[str, ...]
+    device: str
+    dtype: str
+    numerics: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plan digests, the kernel of each layer and the truth lines, as JSON values."""
+        return {
+            "truth": list(self.truth_lines),
+            "rules": [f"rule {fired.rule}: {fired.sentence}" for fired in self.fired],
+            "device": self.device,
+            "dtype": self.dtype,
+            "numerics": self.numerics,
+            "components": {
+                name: {
+                    "format": plan.format,
+                    "family": plan.family,
+                    "digest": plan.digest,
+                    "notes": list(plan.notes),
+                    "kernels": {choice.path: choice.kernel for choice in self.choices[name]},
+                }
+                for name, plan in self.plans.items()
+            },
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What headers tell about one checkpoint; `problems` is empty when the audit passes."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """Stable keys: format, family, evidence, files, notes, layers[], audit."""
+        return {
+            "format": self.plan.format,
+            "family": self.plan.family,
+            "evidence": list(self.plan.evidence),
+            "digest": self.plan.digest,
+            "files": [{"path": file.path, "size": file.size} for file in self.plan.files],
+            "notes": list(self.plan.notes),
+            "open": [question.topic for question in self.plan.open],
+            "layers": [_layer_json(layer) for layer in self.plan.layers],
+            "plain": len(self.plan.plain),
+            "unused": {ref.name: why for ref, why in self.plan.unused.items()},
+            "audit": {
+                "ok": self.ok,
+                "problems": [
+                    {"tensor": problem.tensor, "what": problem.what} for problem in self.problems
+                ],
+            },
+        }
+
+
+_REPORTS: "weakref.WeakKeyDictionary[Any, Report]" = weakref.WeakKeyDictionary()
+
+
+def dry_run(model: ModelFlags, run: RunFlags = RunFlags()) -> DryRun:  # noqa: B008 - frozen
+    """Resolution, plans and kernel choices, from headers alone."""
+    resolution = resolve.resolve(model)
+    place = device.probe() if run.device is None else device.parse(run.device)
+    plans = {name: component_plan(source) for name, source in resolution.components.items()}
+    choices = {name: choose_all(plan, place, run, name) for name, plan in plans.items()}
+    return DryRun(resolution=resolution, plans=plans, choices=choices, device=place, run=run)
+
+
+def component_plan(source: ComponentSource) -> Plan:
+    """The plan of one component. Raises PlanError when its weights do not fit its config."""
+    header = headers.read(source.weights.files)
+    return planner.plan(source.weights, header, config=source.config, hints=source.hints)
+
+
+def choose_all(plan: Plan, place: Device, run: RunFlags, component: str) -> tuple[Choice, ...]:
+    """The kernel of every layer on the device; pinned kernels are demanded layer by layer."""
+    pinned = run.pinned.get(component, {})
+    return tuple(
+        choose(
+            layer,
+            place,
+            numerics=run.numerics,
+            kernel=_demanded(layer, pinned.get(layer.path, run.kernel)),
+            strict=run.strict,
+        )
+        for layer in plan.layers
+    )
+
+
+def load(
+    model: ModelFlags | None = None,
+    run: RunFlags | None = None,
+    *,
+    on_progress: Progress | None = None,
+) -> Any:
+    """The diffusers pipeline, its quantized transformers in place; `report` tells what runs."""
+    import torch
+
+    from diffquant.attach import attach
+
+    dry = dry_run(model or ModelFlags(), run or RunFlags())
+    place, dtype = torch.device(dry.device.torch_name), _dtype(dry.run.dtype)
+    modules = {
+        name: build(dry, name, place, dtype, on_progress=on_progress) for name in dry.plans
+    }
+    pipeline = attach(dry.resolution.pipeline.root, modules, device=place, dtype=dtype)
+    _REPORTS[pipeline] = Report(
+        plans=dry.plans,
+        choices=dry.choices,
+        fired=dry.resolution.fired,
+        truth_lines=dry.truth_lines,
+        device=dry.device.torch_name,
+        dtype=str(dtype).removeprefix("torch."),
+        numerics=dry.run.numerics,
+    )
+    return pipeline
+
+
+def build(
+    dry: DryRun, component: str, place: Any, dtype: Any, *, on_progress: Progress | None = None
+) -> "nn.Module":
+    """One component's module: settled plan, choices of the settled plan, weights."""
+    from diffquant.materialize import materialize
+    from diffquant.settle import settle
+
+    plan = dry.plans[component]
+    settled = settle(plan)
+    choices = dry.choices[component]
+    if settled is not plan:
+        choices = choose_all(settled, dry.device, dry.run, component)
+
+    def told(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(component, done, total)
+
+    return materialize(settled, choices, device=place, dtype=dtype, on_layer=told)
+
+
+def report(pipeline: Any) -> Report:
+    """What `load` decided for this pipeline. Raises UsageError for any other pipeline."""
+    found = _REPORTS.get(pipeline)
+    if found is None:
+        raise UsageError(
+            "this pipeline was not loaded by diffquant", hint="pipeline = diffquant.load(...)"
+        )
+    return found
+
+
+def inspect(source: str, *, deep: bool = False, hints: Hints = NO_HINTS, **where: Any) -> Inspection:
+    """Format, plan and audit of one checkpoint, from headers; `deep` reads weights too.
+
+    where  revision, local_files_only, subfolder: as `sources.checkpoint` takes them
+    """
+    checkpoint = sources.checkpoint(source, **where)
+    header = headers.read(checkpoint.files)
+    drawn = planner.draft(checkpoint, header, config=checkpoint.config, hints=hints)
+    problems = audit.audit(drawn, header, deep=deep)
+    return Inspection(checkpoint=checkpoint, plan=drawn.plan, problems=problems)
+
+
+def tally(plan: Plan, choices: tuple[Choice, ...]) -> str:
+    """`25/34 linears fp8 via cpu_fp8, 9 bf16`: numbers from the plan, kernels from the choices."""
+    kernels = {choice.path: choice for choice in choices}
+    total = len(plan.layers)
+    counted = Counter(_way(layer, kernels[layer.path]) for layer in plan.quantized)
+    plain = Counter(_short(layer.dtype) for layer in plan.layers if layer not in plan.quantized)
+    quantized = [f"{count}/{total} linears {way}" for way, count in counted.items()]
+    rest = [f"{count} {dtype}" for dtype, count in plain.items()]
+    return ", ".join([*(quantized or [f"0/{total} linears quantized"]), *rest])
+
+
+def _way(layer: LayerPlan, choice: Choice) -> str:
+    names = "+".join(name for name in layer.encodings if name != DENSE.name)
+    return f"{names} via {choice.kernel}{_arithmetic(layer, choice)}"
+
+
+def _arithmetic(layer: LayerPlan, choice: Choice) -> str:
+    """Said only where the file asks for quantized activations: whether it gets them."""
+    asked = [wanted(piece) for piece in layer.pieces]
+    if not any(asked):
+        return ""
+    if all(spec.activation is None for spec in choice.specs):
+        return " (weight-only)"
+    return " (activations emulated)" if "reference" in choice.kernels else " (activations quantized)"
+
+
+def _short(dtype: str) -> str:
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(dtype, dtype)
+
+
+def _demanded(layer: LayerPlan, kernel: str | None) -> str | None:
+    """A demand speaks of encoded layers; plain ones have nothing to choose."""
+    return None if layer.is_ordinary or kernel == "dense" else kernel
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype {name!r}", hint=f"one of: {', '.join(DTYPES)}")
+    return getattr(torch, DTYPES[name])
+
+
+def _layer_json(layer: LayerPlan) -> dict[str, Any]:
+    first = layer.pieces[0]
+    return {
+        "path": layer.path,
+        "shape": list(layer.shape_NK),
+        "encoding": {"name": first.encoding.name, "options": dict(first.encoding.options)},
+        "activation": None if first.activation is None else str(first.activation),
+        "pieces": [str(piece.encoding) for piece in layer.pieces],
+        "why": layer.why,
+    }

@@ -1,0 +1,192 @@
+"""Plan and choices -> the transformer itself, from meta, layer by layer.
+
+Weights are mapped from disk and assigned, not copied, as long as nothing about them has to change.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from diffquant.errors import PlanError, UsageError
+from diffquant.kernels import KERNELS, Choice
+from diffquant.kernels._operator import multiplier
+from diffquant.linear import Multiply, QuantLinear
+from diffquant.pieces import bias_of, canonical
+from diffquant.plan import DENSE, LayerPlan, Piece, Plain, PlainSource, Plan, Role, Span
+from diffquant.tensors import Weights
+
+Progress = Callable[[int, int], None]
+
+
+def materialize(
+    plan: Plan,
+    choices: Sequence[Choice],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_layer: Progress | None = None,
+) -> nn.Module:
+    """The module of the plan's class on `device`: encoded layers are QuantLinear, the rest is plain.
+
+    dtype     what the model computes in; modules the class keeps in float32 stay there
+    on_layer  called with (layers done, layers in all)
+
+    Raises PlanError when a parameter is left without a value.
+    """
+    model = skeleton(plan.config)
+    weights = Weights([Path(file.path) for file in plan.files])
+    wide = _kept_float32(model)
+    for plain in plan.plain:
+        wanted = torch.float32 if _is_kept(plain.name, wide) else dtype
+        _assign(model, plain.name, _plain(plain, weights).to(device, _cast(plain, wanted)))
+    by_path = {choice.path: choice for choice in choices}
+    for done, layer in enumerate(plan.layers, start=1):
+        wanted = torch.float32 if _is_kept(layer.path, wide) else dtype
+        _place(model, layer, by_path[layer.path], weights, device, wanted)
+        if on_layer is not None:
+            on_layer(done, len(plan.layers))
+    _require_filled(model, plan)
+    model.save_pretrained = _unsaveable  # type: ignore[assignment]
+    return model.requires_grad_(False).eval()
+
+
+def skeleton(config: Mapping[str, Any]) -> nn.Module:
+    """The class named in the config with parameters on meta and its computed buffers real."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    name = str(config.get("_class_name"))
+    found = getattr(diffusers, name, None)
+    if found is None:
+        raise PlanError(
+            f"diffusers {diffusers.__version__} has no class {name!r}",
+            hint="pip install --upgrade diffusers",
+        )
+    with init_empty_weights():
+        model: nn.Module = found.from_config(dict(config))
+    return model
+
+
+def _place(
+    model: nn.Module,
+    layer: LayerPlan,
+    choice: Choice,
+    weights: Weights,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Puts one layer into the model: a QuantLinear, or plain weight and bias."""
+    held = [canonical(piece, weights) for piece in layer.pieces]
+    bias = bias_of(layer, held)
+    if layer.is_ordinary:
+        _assign(model, f"{layer.path}.weight", _whole(layer, held).to(device, dtype))
+        if bias is not None:
+            _assign(model, f"{layer.path}.bias", bias.to(device, dtype))
+        return
+    moved = [{role: part.to(device) for role, part in parts.items()} for parts in held]
+    model.set_submodule(
+        layer.path,
+        QuantLinear(
+            layer,
+            moved,
+            [_product(choice, index) for index in range(len(layer.pieces))],
+            bias=None if bias is None else bias.to(device),
+            dtype=dtype,
+            float32=any(KERNELS.load(name).float32 for name in choice.kernels),
+        ),
+        strict=True,
+    )
+
+
+def _product(choice: Choice, index: int) -> Multiply:
+    """The chosen kernel of one piece, which sees only what kernels see."""
+    spec = choice.specs[index]
+    return multiplier(choice.kernels[index], spec)
+
+
+def _whole(layer: LayerPlan, held: Sequence[Mapping[Role, Tensor]]) -> Tensor:
+    """The weight of an ordinary layer [N, K]; a single untouched piece is not copied."""
+    first = held[0][Role.CODES]
+    if len(held) == 1 and first.shape == layer.shape_NK:
+        return first
+    weight = torch.empty(layer.shape_NK, dtype=first.dtype)
+    for piece, parts in zip(layer.pieces, held, strict=True):
+        weight[piece.out.as_slice(), piece.cols.as_slice()] = parts[Role.CODES]
+    return weight
+
+
+def _plain(plain: Plain, weights: Weights) -> Tensor:
+    taken = [_source(source, weights) for source in plain.sources]
+    joined = taken[0] if len(taken) == 1 else torch.cat(taken)
+    return joined.reshape(plain.shape)
+
+
+def _source(source: PlainSource, weights: Weights) -> Tensor:
+    if source.encoding != DENSE:
+        return _decoded(source, weights)
+    (part,) = source.parts
+    stored = weights.tensor(part.ref.file, part.ref.name)
+    cuts = [stored[span.as_slice()] for span in source.take]
+    return torch.cat(cuts) if cuts else stored
+
+
+def _decoded(source: PlainSource, weights: Weights) -> Tensor:
+    """A quantized embedding or table, as float32."""
+    from diffquant.pieces import decoded
+
+    assert source.stored_NK is not None, "the planner gives every encoded source its shape"
+    n, k = source.stored_NK
+    piece = Piece(
+        encoding=source.encoding,
+        stored_NK=source.stored_NK,
+        parts=source.parts,
+        out=Span(0, n),
+        cols=Span(0, k),
+        take=source.take,
+    )
+    return decoded(piece, canonical(piece, weights))
+
+
+def _cast(plain: Plain, dtype: torch.dtype) -> torch.dtype:
+    """Integer tables keep their type."""
+    return dtype if plain.dtype.startswith(("float", "bfloat", "F8")) else getattr(torch, plain.dtype, dtype)
+
+
+def _assign(model: nn.Module, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[leaf] = value
+
+
+def _kept_float32(model: nn.Module) -> tuple[str, ...]:
+    return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+
+def _is_kept(name: str, kept: tuple[str, ...]) -> bool:
+    """diffusers' own reading of its list: a name is kept when a listed word is one of its segments."""
+    return any(word in name.split(".") for word in kept)
+
+
+def _require_filled(model: nn.Module, plan: Plan) -> None:
+    empty = [name for name, value in model.named_parameters() if value.is_meta]
+    if empty:
+        raise PlanError(
+            f"{len(empty)} parameters of {plan.config.get('_class_name')} got no value, first {empty[0]!r}",
+            hint="the checkpoint's config.json may describe another model",
+        )
+
+
+def _unsaveable(*_: object, **__: object) -> NoReturn:
+    raise UsageError(
+        "a loaded quantized transformer cannot be saved: diffusers would write a file that reloads "
+        "as random weights",
+        hint="keep the original file, or `diffquant convert dequantize SOURCE OUT` for a plain copy",
+    )
+
+
