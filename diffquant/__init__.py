@@ -7,17 +7,18 @@
 Importing this package imports no torch; the first call that needs it does.
 """
 
+import sys
 from collections.abc import Mapping
-from importlib.metadata import version
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffquant.load import Inspection, Report
+    from diffquant.loading import Inspection, Report
     from diffquant.plan import Plan
 
 __all__ = ["__version__", "inspect", "load", "load_component", "plan", "report"]
 
-__version__ = version("diffquant")
+__version__ = "0.1.0"
 
 
 def load(model_path: str | None = None, **flags: Any) -> Any:
@@ -30,7 +31,7 @@ def load(model_path: str | None = None, **flags: Any) -> Any:
 
     Raises DiffquantError with a hint for anything that does not fit, UsageError for unknown flags.
     """
-    from diffquant.load import load as load_pipeline
+    from diffquant.loading import load as load_pipeline
 
     return load_pipeline(*_sorted_flags(model_path, flags))
 
@@ -39,7 +40,7 @@ def load_component(component: str = "transformer", model_path: str | None = None
     """One component of the pipeline `load` would build, such as the transformer, as a module."""
     import torch
 
-    from diffquant.load import DTYPES, build, dry_run
+    from diffquant.loading import DTYPES, build, dry_run
 
     dry = dry_run(*_sorted_flags(model_path, flags))
     dtype = getattr(torch, DTYPES[dry.run.dtype])
@@ -48,21 +49,21 @@ def load_component(component: str = "transformer", model_path: str | None = None
 
 def plan(model_path: str | None = None, **flags: Any) -> "Mapping[str, Plan]":
     """The plan of each transformer that `load` would build, from headers alone."""
-    from diffquant.load import dry_run
+    from diffquant.loading import dry_run
 
     return dry_run(*_sorted_flags(model_path, flags)).plans
 
 
 def inspect(source: str, *, deep: bool = False, **where: Any) -> "Inspection":
     """Format, family, plan and audit of one checkpoint; `deep` reads its weights too."""
-    from diffquant.load import inspect as inspect_source
+    from diffquant.loading import inspect as inspect_source
 
     return inspect_source(source, deep=deep, **where)
 
 
 def report(pipeline: Any) -> "Report":
     """Plan, choices and tally of a pipeline that `load` returned."""
-    from diffquant.load import report as report_of
+    from diffquant.loading import report as report_of
 
     return report_of(pipeline)
 
@@ -73,7 +74,7 @@ def _sorted_flags(model_path: str | None, flags: Mapping[str, Any]) -> tuple[Any
     from dataclasses import fields
 
     from diffquant.errors import UsageError
-    from diffquant.load import RunFlags
+    from diffquant.loading import RunFlags
     from diffquant.resolve import ModelFlags
 
     of_model = {item.name for item in fields(ModelFlags)}
@@ -86,3 +87,15 @@ def _sorted_flags(model_path: str | None, flags: Mapping[str, Any]) -> tuple[Any
     model = {name: value for name, value in flags.items() if name in of_model}
     run = {name: value for name, value in flags.items() if name in of_run}
     return ModelFlags(model_path=model_path, **model), RunFlags(**run)
+
+
+class _Face(ModuleType):
+    """This package as people see it: `diffquant.load` and `diffquant.plan` are the functions above,
+    also after Python has imported the modules of the same names and would put them in their place."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Face

@@ -5,20 +5,17 @@ from math import prod
 from pathlib import Path
 
 from diffquant.headers import Header
-from diffquant.plan import LayerPlan, Part, Piece, Plan, Role
-from diffquant.planner import Draft, Problem
+from diffquant.plan import LayerPlan, Part, Piece, Plan, Problem, Role
 
 #: Roles whose number of values follows from N and K alone.
 PER_ROW = frozenset({Role.CHANNEL_SCALE, Role.BIAS, Role.OUTPUT_SCALE})
 SINGLE = frozenset({Role.TENSOR_SCALE, Role.INPUT_SCALE})
 
 
-def audit(draft: Draft, header: Header, *, deep: bool = False) -> tuple[Problem, ...]:
-    """Everything wrong with a checkpoint. `deep` reads every scale and float8 weight."""
-    problems = [*draft.problems, *_shapes(draft.plan, header)]
-    if deep and not problems:
-        problems.extend(_values(draft.plan))
-    return tuple(dict.fromkeys(problems))
+def audit(plan: Plan, header: Header, *, deep: bool = False) -> tuple[Problem, ...]:
+    """What is wrong with the stored tensors a plan uses: shapes, and values when `deep`."""
+    problems = tuple(_shapes(plan, header))
+    return problems if problems or not deep else tuple(_values(plan))
 
 
 def _shapes(plan: Plan, header: Header) -> Iterator[Problem]:
@@ -33,6 +30,8 @@ def _shape(layer: LayerPlan, piece: Piece, part: Part, header: Header) -> Iterat
     shape = header.tensors[part.ref.name].shape
     wanted = {role: 1 for role in SINGLE} | {role: n for role in PER_ROW} | {Role.SMOOTH: k}
     count = wanted.get(part.role)
+    if part.role is Role.BIAS and prod(shape) == max((span.stop for span in piece.take), default=n):
+        return  # writers that pad the weight leave the bias as it was
     if count is not None and prod(shape) != count:
         yield Problem(part.ref.name, f"has shape {list(shape)}, {layer.path!r} needs {count} values")
     axes = {Role.LOWRANK_DOWN: k, Role.LOWRANK_UP: n}

@@ -44,9 +44,9 @@ def bias_of(layer: LayerPlan, parts: Sequence[dict[Role, Tensor]]) -> Tensor | N
     A single untouched bias keeps its stored dtype and storage; sums are made in float32.
     """
     placed = [
-        (piece, held[Role.BIAS])
+        (piece, _stored_bias(piece, held))
         for piece, held in zip(layer.pieces, parts, strict=True)
-        if Role.BIAS in held
+        if Role.BIAS in held or Role.INT_BIAS in held
     ]
     if not placed:
         return None
@@ -57,6 +57,23 @@ def bias_of(layer: LayerPlan, parts: Sequence[dict[Role, Tensor]]) -> Tensor | N
     for piece, bias in placed:
         total[piece.out.as_slice()] += _offset(piece, bias.float())
     return total.to(stored.dtype)
+
+
+def _stored_bias(piece: Piece, parts: dict[Role, Tensor]) -> Tensor:
+    """The bias of a piece. An integer one is in steps of the product of integers, and less what the
+    zero point z of the input adds to it: int_bias = bias / output_scale - z * sum(codes)."""
+    if Role.INT_BIAS not in parts:
+        return parts[Role.BIAS]
+    steps = parts[Role.INT_BIAS].float() * _output_scale(parts[Role.OUTPUT_SCALE])
+    zero = parts[Role.INPUT_ZERO_POINT].float() * parts[Role.INPUT_SCALE].float()
+    return steps + zero * decoded(piece, parts).sum(1)
+
+
+def _output_scale(stored: Tensor) -> Tensor:
+    """Ascend's operators take float32 scales as bits in the low half of an int64."""
+    if stored.dtype != torch.int64:
+        return stored.float()
+    return stored.view(torch.int32)[0::2].view(torch.float32)
 
 
 def dense(layer: LayerPlan, weights: Weights) -> tuple[Tensor, Tensor | None]:
@@ -105,6 +122,9 @@ def logical_shape(
     n, k = stored_NK
     if role in SCALARS:
         return ()
+    if role is Role.BIAS:
+        # Writers that pad the weight leave the bias as it was.
+        return (min(n, stored.numel()),)
     if role is Role.CODES:
         return (n, k)
     if role in (Role.SMOOTH, Role.GROUP_INDEX):
@@ -115,7 +135,8 @@ def logical_shape(
         return (n, stored.numel() // n)
     if role is Role.BLOCK_SCALE:
         return _scale_shape(stored, encoding, stored_NK)
-    if role is Role.OUTER_SCALE or (role is Role.ZERO_POINT and stored.numel() != n):
+    grouped = role in (Role.OUTER_SCALE, Role.CORRECTION)
+    if grouped or (role is Role.ZERO_POINT and stored.numel() != n):
         return (n, stored.numel() // n)
     return (n,) if role in ROW_ROLES else tuple(stored.shape)
 

@@ -291,6 +291,14 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
+class Problem:
+    """What keeps a checkpoint from being a model: the tensor or parameter, and what is wrong."""
+
+    tensor: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
 class PlanFile:
     """A weights file and its size in bytes."""
 

@@ -38,6 +38,7 @@ from diffquant.plan import (
     PlainSource,
     Plan,
     PlanFile,
+    Problem,
     Question,
     Role,
     Span,
@@ -55,14 +56,10 @@ TORCH_NAMES: Mapping[str, str] = {
     "BF16": "bfloat16",
 }
 LEAVES = (".weight", ".bias")
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Something that keeps a checkpoint from being a model: the tensor or parameter, and what."""
-
-    tensor: str
-    what: str
+#: Parts that give a layer its bias.
+BIASES = frozenset({Role.BIAS, Role.INT_BIAS})
+#: Multiples that writers pad N and K to: tensor cores' own, those of mxfp8, whole tiles.
+PADDINGS = (16, 32, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +70,11 @@ class Draft:
     problems: tuple[Problem, ...]
 
 
-def identify(checkpoint: Checkpoint, header: Header) -> tuple[str, str]:
-    """The format's name and the sentence that proves it.
+def identify(
+    checkpoint: Checkpoint, header: Header, hints: Hints = NO_HINTS
+) -> tuple[str, str]:
+    """The format's name and the sentence that proves it. Raw float8 is a person's word, and counts
+    only where no format claims the file.
 
     Raises FormatError when two formats contradict each other, with both proofs, or when tensors
     look quantized and nothing explains them.
@@ -90,6 +90,8 @@ def identify(checkpoint: Checkpoint, header: Header) -> tuple[str, str]:
     if standing:
         listed = "; ".join(f"{name}: {proofs[name]}" for name in standing)
         raise FormatError(f"{checkpoint.origin!r} claims to be of {len(standing)} formats: {listed}")
+    if hints.raw_fp8:
+        return "raw_fp8", "--raw-fp8 was typed and no format claims the file"
     found = trace(header)
     raise FormatError(
         f"{checkpoint.origin!r} looks quantized and nothing in it says how: first {found}",
@@ -123,7 +125,7 @@ def draft(
     config     the diffusers config of the module; may be {} when the names tell the family
     inventory  of the module, where the family cannot tell it (any class, from its base checkpoint)
     """
-    name, proof = (format_name, "") if format_name else identify(checkpoint, header)
+    name, proof = (format_name, "") if format_name else identify(checkpoint, header, hints)
     reading = FORMATS.load(name).read(checkpoint, header, hints)
     config = _module_config(config or reading.config or checkpoint.config)
     family_name = family_of(config, header)
@@ -226,11 +228,12 @@ class _Sheet:
         self.problems: list[Problem] = []
         self.paths: dict[str, tuple[str, ...]] = {}
         mentioned = {part.tensor for layer in reading.layers for part in layer.parts}
-        self.rest = [
-            name
+        self.encoded: list[tuple[StoredLayer, Rule]] = []
+        self.rest = {
+            name: None
             for name in header.tensors
             if name not in mentioned and name not in reading.unused
-        ]
+        }
         if inventory is None and config and family.class_names:
             inventory = family.inventory(config)
         self.prefix, self.naming = self._naming(inventory)
@@ -321,14 +324,12 @@ class _Sheet:
 
     def _layers(self) -> Iterator[StoredLayer]:
         """The format's layers with their biases, then the dense linears nobody mentioned."""
-        claimed = set()
         for layer in self.reading.layers:
             bias = f"{layer.name}.bias"
             if bias in self.rest:
-                claimed.add(bias)
+                self.rest.pop(bias)
                 layer = replace(layer, parts=(*layer.parts, StoredPart(Role.BIAS, bias)))
             yield layer
-        self.rest = [name for name in self.rest if name not in claimed]
         for name in [name for name in self.rest if self._is_linear(name)]:
             yield self._dense(name)
 
@@ -344,8 +345,9 @@ class _Sheet:
         parts = [StoredPart(Role.CODES, name)]
         bias = f"{stem}.bias"
         if bias in self.rest:
+            self.rest.pop(bias)
             parts.append(StoredPart(Role.BIAS, bias))
-        self.rest = [other for other in self.rest if other not in (name, bias)]
+        self.rest.pop(name)
         return StoredLayer(
             name=stem,
             stored_NK=(tensor.shape[0], prod(tensor.shape[1:])),
@@ -357,9 +359,8 @@ class _Sheet:
     def _place(self, layer: StoredLayer) -> Iterator[_Placed]:
         """The modules a stored layer serves, each with its cut of it."""
         rule = self._rule(layer.name)
-        known = self.inventory.linears
-        if rule is None or not all(row in known for row in rule.rows):
-            self._unowned(layer.name, rule)
+        if rule is None or not all(row in self.inventory.linears for row in rule.rows):
+            self._place_elsewhere(layer, rule)
             return
         self.paths[layer.name] = rule.rows
         counts = [self._shape(row)[0] for row in rule.rows]
@@ -371,6 +372,16 @@ class _Sheet:
             piece = self._piece(layer, rule, row, Span(start, start + count))
             yield _Placed(row, piece, rule.cols or 0, layer.why, self._dtype(layer))
             start += count
+
+    def _place_elsewhere(self, layer: StoredLayer, rule: Rule | None) -> None:
+        """A quantized convolution or table is decoded while loading; anything else has no owner."""
+        if rule is None or f"{rule.rows[0]}.weight" not in self.inventory.shapes:
+            self._unowned(layer.name, rule)
+            return
+        self.encoded.append((layer, rule))
+        for part in layer.parts:
+            if part.role is Role.BIAS:
+                self.rest[part.tensor] = None
 
     def _piece(self, layer: StoredLayer, rule: Rule, path: str, rows: Span) -> Piece:
         n, k = self._shape(path)
@@ -457,6 +468,8 @@ class _Sheet:
                 sources[parameter].append((tensor, rule))
         for parameter, given in sources.items():
             yield self._parameter(parameter, given)
+        for layer, rule in self.encoded:
+            yield self._encoded_parameter(layer, rule)
 
     def _owner(self, tensor: str) -> list[tuple[str, Rule]] | None:
         """The parameters a plain tensor serves, each with the rule that says so."""
@@ -486,6 +499,29 @@ class _Sheet:
             ),
             dtype=TORCH_NAMES.get(stored.dtype, stored.dtype),
             why="plain",
+        )
+
+    def _encoded_parameter(self, layer: StoredLayer, rule: Rule) -> Plain:
+        parameter = f"{rule.rows[0]}.weight"
+        shape = self.inventory.shapes[parameter]
+        if prod(layer.stored_NK) != prod(shape):
+            what = f"stores {list(layer.stored_NK)}, {parameter!r} needs {list(shape)}"
+            self.problems.append(Problem(layer.name, what))
+        parts = (
+            Part(part.role, _ref(self.header, part.tensor), part.layout)
+            for part in layer.parts
+            if part.role is not Role.BIAS
+        )
+        return Plain(
+            name=parameter,
+            shape=shape,
+            sources=(
+                PlainSource(
+                    parts=tuple(parts), encoding=layer.encoding, stored_NK=layer.stored_NK
+                ),
+            ),
+            dtype="bfloat16",
+            why=f"{layer.encoding}, decoded while loading: no linear ({layer.why})",
         )
 
     def _plain_take(self, parameter: str, rule: Rule) -> tuple[Span, ...]:
@@ -523,7 +559,7 @@ class _Sheet:
         given = {item.name for item in plain}
         for layer in layers:
             given.add(f"{layer.path}.weight")
-            if any(piece.part(Role.BIAS) or piece.shift for piece in layer.pieces):
+            if any(BIASES & piece.roles or piece.shift for piece in layer.pieces):
                 given.add(f"{layer.path}.bias")
             self._check_cover(layer)
         for name in self.inventory.shapes:
@@ -535,8 +571,8 @@ class _Sheet:
                 self.problems.append(Problem(bias, f"is stored, {self._class()} has no such bias"))
 
     def _zero_allowed(self, layer: LayerPlan) -> bool:
-        """SVDQuant writers store a zero bias on layers that have none."""
-        return any(piece.lowrank_input == "raw" for piece in layer.pieces)
+        """SVDQuant writers, the only ones that divide, store a zero bias on layers that have none."""
+        return any(piece.smooth == "divide" for piece in layer.pieces)
 
     def _check_cover(self, layer: LayerPlan) -> None:
         n, k = layer.shape_NK
@@ -570,8 +606,8 @@ def _split(tensor: str) -> tuple[str, str]:
 
 
 def _fits(stored: int, wanted: int) -> bool:
-    """Equal, or padded up to the next multiple of 128 as SVDQuant and swizzling writers do."""
-    return stored == wanted or stored == -(-wanted // 128) * 128
+    """Equal, or padded up to the next multiple that writers pad to."""
+    return stored == wanted or any(stored == -(-wanted // pad) * pad for pad in PADDINGS)
 
 
 def _take(
@@ -609,7 +645,7 @@ def _scale_problems(plan: Plan) -> Iterator[Problem]:
     for layer in plan.layers:
         for piece in layer.pieces:
             complete = codecs[piece.encoding.name].scales
-            if piece.encoding.option("scale", "") == "none":
+            if "none" in (piece.encoding.option("scale", ""), piece.encoding.option("outer", "")):
                 continue
             if complete and not any(wanted <= piece.roles for wanted in complete):
                 codes = piece.part(Role.CODES)

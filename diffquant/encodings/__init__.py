@@ -6,7 +6,7 @@ against it. `encode` is used for weights (online quantization, converters) and f
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from diffquant.plan import Encoding, Role
@@ -43,6 +43,7 @@ class Codec:
     bits          stored bits per weight, scales not counted
     scales        the sets of weight-side scale roles that are complete; a piece must hold one whole
                   set, or loading stops: a missing scale is never 1.0
+    waived        "option=value" -> scale roles that are not needed where the encoding says so
     optional      other weight-side roles it understands (zero_point, codebook, correction …)
     code_dtypes   safetensors dtypes its codes are stored in
     decode(parts, encoding, shape_NK) -> float32 [N, K]
@@ -52,10 +53,17 @@ class Codec:
     bits: float
     scales: tuple[frozenset[Role], ...]
     code_dtypes: frozenset[str]
+    waived: Mapping[str, frozenset[Role]] = field(default_factory=dict)
     optional: frozenset[Role] = frozenset()
     group: int | None = None
     decode: "Callable[[Parts, Encoding, tuple[int, int]], Tensor]"
     encode: "Callable[[Tensor, Encoding, Recipe], dict[Role, Tensor]] | None" = None
+
+    def is_complete(self, encoding: Encoding, roles: frozenset[Role]) -> bool:
+        """Whether `roles` hold every scale that the encoding needs."""
+        spelled = {f"{key}={value}" for key, value in encoding.options}
+        waived = {role for option in spelled for role in self.waived.get(option, ())}
+        return any(wanted - waived <= roles for wanted in self.scales)
 
 
 ENCODINGS: Registry[Codec] = Registry("diffquant.encodings", "CODEC")

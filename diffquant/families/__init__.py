@@ -5,6 +5,7 @@ the names some file uses for its layers to modules of that class: one stored lin
 modules stacked along N (`rows`), or a slice along K of one (`cols`).
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,3 +89,101 @@ class Family:
 
 
 FAMILIES: Registry[Family] = Registry("diffquant.families", "FAMILY")
+
+
+def located(naming: Naming, stored: str) -> Rule | None:
+    """What a stored name means: its rule with the block numbers filled in, or None for nothing.
+
+    `stored` is a module's name without .weight/.bias, or the whole name of a lone parameter (a
+    table, a token, BFL's `norm.query_norm.scale`); the rule's rows are then of the same kind. A
+    name under no rule is its own when the naming falls through. A weight and its bias follow one
+    rule: rows and chunks hold for both; a bias has no columns, so the biases stored with the
+    `cols` of one module add up.
+    """
+    key, numbers = _blanked(stored)
+    for entry in _book(naming.rules).by_stored.get(key, ()):
+        if entry.fits(numbers):
+            return entry.filled(numbers)
+    return Rule(stored, (stored,)) if naming.falls_through else None
+
+
+def spelled(naming: Naming, path: str) -> tuple[str, ...]:
+    """Stored names that hold a module, or a whole parameter name, of the diffusers class.
+
+    The inverse of `located`. Several names are the slices of one module along K, in order, or
+    spellings a file may choose from: the first is the one to write.
+    """
+    key, numbers = _blanked(path)
+    entries = _book(naming.rules).by_row.get(key, ())
+    names = tuple(entry.filled(numbers).stored for entry in entries if entry.fits(numbers))
+    stem, dot, leaf = path.rpartition(".")
+    if not names and leaf in ("weight", "bias"):
+        return tuple(name + dot + leaf for name in spelled(naming, stem))
+    return names or ((path,) if naming.falls_through else ())
+
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_SLOT = re.compile(r"(?<![^.])(?:\d+|\{[a-z]\})(?![^.])")
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A rule as found through one of its names.
+
+    literals  numbers that name spells out, by their place among all its numbers
+    blanks    its placeholders, by the same places
+    """
+
+    rule: Rule
+    literals: Mapping[int, str]
+    blanks: Mapping[int, str]
+
+    def fits(self, numbers: Sequence[str]) -> bool:
+        return all(numbers[place] == number for place, number in self.literals.items())
+
+    def filled(self, numbers: Sequence[str]) -> Rule:
+        rule = self.rule
+        stored, rows = rule.stored, rule.rows
+        for place, blank in self.blanks.items():
+            stored = stored.replace(blank, numbers[place])
+            rows = tuple(row.replace(blank, numbers[place]) for row in rows)
+        return Rule(stored, rows, rule.cols, rule.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Book:
+    """Rules by their names with every number blanked: one look-up finds the few that may fit."""
+
+    rules: tuple[Rule, ...]
+    by_stored: Mapping[str, Sequence[_Entry]]
+    by_row: Mapping[str, Sequence[_Entry]]
+
+
+#: By identity, since hashing some sixty rules per name would cost more than the look-up. A book
+#: keeps its rules alive, so no other rules can come by the same identity.
+_BOOKS: dict[int, _Book] = {}
+
+
+def _book(rules: tuple[Rule, ...]) -> _Book:
+    if id(rules) not in _BOOKS:
+        by_stored: dict[str, list[_Entry]] = {}
+        by_row: dict[str, list[_Entry]] = {}
+        for rule in rules:
+            by_stored.setdefault(_SLOT.sub("#", rule.stored), []).append(_entry(rule, rule.stored))
+            for row in rule.rows:
+                by_row.setdefault(_SLOT.sub("#", row), []).append(_entry(rule, row))
+        _BOOKS[id(rules)] = _Book(rules, by_stored, by_row)
+    return _BOOKS[id(rules)]
+
+
+def _entry(rule: Rule, name: str) -> _Entry:
+    slots = dict(enumerate(_SLOT.findall(name)))
+    return _Entry(
+        rule,
+        literals={place: slot for place, slot in slots.items() if slot.isdigit()},
+        blanks={place: slot for place, slot in slots.items() if not slot.isdigit()},
+    )
+
+
+def _blanked(name: str) -> tuple[str, list[str]]:
+    return _NUMBER.sub("#", name), _NUMBER.findall(name)

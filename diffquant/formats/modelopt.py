@@ -27,6 +27,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from diffquant.errors import FormatError
@@ -211,9 +212,8 @@ Numbers = tuple[Encoding, tuple[int, int], tuple[StoredPart, ...]]
 
 def _numbers(name: str, weight: Tensor, scale: Tensor | None, hints: Hints) -> Numbers:
     """Encoding, logical shape and weight-side parts of one layer, from dtypes and shapes."""
-    if len(weight.shape) != 2:
-        raise FormatError(f"{weight.name!r} is quantized and has shape {weight.shape}, not [N, K]")
-    rows, columns = weight.shape
+    # A convolution's weight is a matrix of N filters; the planner decodes it.
+    rows, columns = weight.shape[0], prod(weight.shape[1:])
     codes = StoredPart(Role.CODES, weight.name, _codes_layout(hints))
     if weight.dtype not in QUANTIZED:
         return DENSE, (rows, columns), (StoredPart(Role.CODES, weight.name),)
@@ -270,10 +270,7 @@ def _codes_layout(hints: Hints) -> Layout:
 
 
 def _scale_role(scale: Tensor, rows: int) -> Role:
-    count = 1
-    for size in scale.shape:
-        count *= size
-    if count == 1:
+    if prod(scale.shape) == 1:
         return Role.TENSOR_SCALE
     flat = len(scale.shape) == 1 or scale.shape == (rows, 1)
     return Role.CHANNEL_SCALE if flat else Role.BLOCK_SCALE
@@ -387,5 +384,5 @@ FORMAT = Format(
     evidence=_evidence,
     read=_read,
     # True files carry Comfy's layer metadata too, and old exports may hold plain weights only.
-    explains=frozenset({"comfy", "diffusers", "fp8"}),
+    explains=frozenset({"bfl", "comfy", "diffusers", "fp8"}),
 )

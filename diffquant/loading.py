@@ -15,8 +15,7 @@ from diffquant.device import Device
 from diffquant.errors import UsageError
 from diffquant.formats import NO_HINTS, Hints
 from diffquant.kernels import Choice, Numerics, choose, wanted
-from diffquant.plan import DENSE, LayerPlan, Plan
-from diffquant.planner import Problem
+from diffquant.plan import DENSE, LayerPlan, Plan, Problem
 from diffquant.resolve import ComponentSource, ModelFlags, Resolution
 from diffquant.sources import Checkpoint
 
@@ -235,7 +234,7 @@ def inspect(source: str, *, deep: bool = False, hints: Hints = NO_HINTS, **where
     checkpoint = sources.checkpoint(source, **where)
     header = headers.read(checkpoint.files)
     drawn = planner.draft(checkpoint, header, config=checkpoint.config, hints=hints)
-    problems = audit.audit(drawn, header, deep=deep)
+    problems = drawn.problems + audit.audit(drawn.plan, header, deep=deep and not drawn.problems)
     return Inspection(checkpoint=checkpoint, plan=drawn.plan, problems=problems)
 
 

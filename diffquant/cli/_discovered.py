@@ -1,0 +1,35 @@
+"""A group of commands whose members are the modules of a package."""
+
+import difflib
+from importlib import import_module
+from typing import Any
+
+import click
+
+from diffquant.errors import UsageError
+from diffquant.plugins import Registry
+
+SUBCOMMANDS: Registry[click.Command] = Registry("diffquant.cli", "COMMAND")
+
+
+class Discovered(click.Group):
+    """Imports only the one module whose command runs; `--help` imports them all."""
+
+    def __init__(self, registry: Registry[click.Command], **settings: Any) -> None:
+        super().__init__(**settings)
+        self.registry = registry
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name.replace("_", "-") for name in self.registry.names()]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command:
+        module = name.replace("-", "_")
+        if module not in self.registry.names():
+            known = self.list_commands(ctx)
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(
+                f"there is no command {name!r}", hint=f"one of: {', '.join(near or known)}"
+            )
+        found = getattr(import_module(f"{self.registry.package}.{module}"), self.registry.attribute)
+        assert isinstance(found, click.Command)
+        return found

@@ -1,0 +1,120 @@
+"""`diffquant generate`: a prompt in, a picture with its whole history out."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from diffquant import loading
+from diffquant.cli import _options, _talk
+from diffquant.cli._arguments import ModelCommand, Prepared
+from diffquant.errors import UsageError
+from diffquant.preset import for_model
+from diffquant.resolve import ModelFlags
+
+if TYPE_CHECKING:
+    from diffquant.run import Result
+
+OUTPUTS = "outputs"
+
+
+@click.command(cls=ModelCommand, short_help="Draw a picture.")
+@_options.options(_options.PICTURE)
+@click.option("--output-path", default=OUTPUTS, show_default=True, metavar="DIR")
+@click.option("--output-file-name", metavar="NAME", help="[made of prompt and seed]")
+@_options.options(_options.MODEL, _options.RUN, _options.SETTINGS)
+@_options.JSON
+@click.pass_obj
+def COMMAND(
+    prepared: Prepared,
+    /,
+    output_path: str,
+    output_file_name: str | None,
+    as_json: bool,
+    **values: Any,
+) -> None:
+    """Draw a picture with a pipeline whose transformer is, or is not, quantized.
+
+    \b
+    diffquant generate --prompt 'red apple'
+    diffquant generate --prompt 'a fox' --model-path black-forest-labs/FLUX.1-dev \\
+        --transformer-path lmsys/flux1-dev-modelopt-fp8-sglang-transformer
+
+    Every component of the pipeline can be replaced: --transformer-2-path, --vae-path,
+    --text-encoder-weights-path and so on. The picture's metadata holds all that is needed to draw it
+    again with --config-from-metadata.
+    """
+    if not values["prompt"]:
+        raise UsageError("there is no prompt", hint="diffquant generate --prompt 'red apple'")
+    model = _options.model_flags(values, prepared)
+    run = _options.run_flags(values, prepared)
+    # Everything that can be refused without torch is refused before the seconds torch needs.
+    dry = loading.dry_run(model, run)
+    _tell_notes(dry, prepared)
+    result = _drawn(dry, model, values)
+    paths = _saved(result, Path(output_path), output_file_name)
+    _talk.say(f"drawn in {result.seconds:.1f} s, saved as")
+    told = json.dumps(_told(result, paths), indent=2) if as_json else "\n".join(map(str, paths))
+    click.echo(told)
+
+
+def _tell_notes(dry: loading.DryRun, prepared: Prepared) -> None:
+    """Foreign words, rules that deserve attention, and weights other than a record's."""
+    for text in prepared.notes:
+        _talk.note(text)
+    for fired in dry.resolution.fired:
+        if fired.loud:
+            _talk.note(fired.sentence)
+    recorded = prepared.record.get("report", {}).get("components", {})
+    for name, plan in dry.plans.items():
+        if name in recorded and recorded[name]["digest"] != plan.digest:
+            _talk.note(f"{name} is not the one that drew the picture: its plan differs")
+
+
+def _drawn(dry: loading.DryRun, model: ModelFlags, values: Mapping[str, Any]) -> "Result":
+    _talk.quiet()
+    with _talk.progress() as bars:
+        task = bars.add_task("starting", total=None)
+        from diffquant import run as running
+
+        _talk.quiet_bars()
+
+        def on_layer(component: str, done: int, total: int) -> None:
+            bars.update(task, description=f"loading {component}", completed=done, total=total)
+
+        def on_step(done: int, total: int) -> None:
+            bars.update(task, description="drawing", completed=done, total=total)
+
+        pipeline = loading.load(model, dry.run, on_progress=on_layer)
+        report = loading.report(pipeline)
+        for line in report.truth_lines:
+            _talk.say(line)
+        preset = for_model(*dry.resolution.model_names)
+        asked = running.Request(**_options.given(running.Request, values))
+        request = running.fill(asked, pipeline, preset.defaults if preset else {})
+        bars.reset(task, description="drawing", total=request.num_inference_steps)
+        result = running.generate(pipeline, request, on_step)
+    return running.recorded(result, flags=_flags(model, dry.run), report=report.to_json())
+
+
+def _flags(model: ModelFlags, run: loading.RunFlags) -> dict[str, Any]:
+    """What was typed; empty fields, and what a record keeps elsewhere, are left out."""
+    typed = {**asdict(model), **asdict(run)}
+    return {name: value for name, value in typed.items() if value and name != "pinned"}
+
+
+def _saved(result: "Result", folder: Path, name: str | None) -> list[Path]:
+    from diffquant.run import save
+
+    return save(result, folder, name)
+
+
+def _told(result: "Result", paths: list[Path]) -> dict[str, Any]:
+    return {
+        "paths": [str(path) for path in paths],
+        "step_seconds": [round(seconds, 4) for seconds in result.step_seconds],
+        **result.record,
+    }

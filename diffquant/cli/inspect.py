@@ -1,0 +1,101 @@
+"""`diffquant inspect`: what a checkpoint is and whether it is whole, from headers alone."""
+
+import json
+from collections import Counter
+
+import click
+
+from diffquant import loading
+from diffquant.cli import _layers, _options, _talk
+from diffquant.formats import Hints
+from diffquant.plan import LayerPlan
+
+PROBLEMS_TOLD = 20
+HEADINGS = ("layer", "N x K", "weight", "activation", "why")
+
+
+@click.command(short_help="Say what a checkpoint is, from its headers.")
+@click.argument("source")
+@click.option("--subfolder", metavar="NAME", help="Where the component lies inside the source.")
+@click.option("--revision", metavar="REVISION", help="On the hub.")
+@click.option("--local-files-only", is_flag=True, help="Never ask the hub.")
+@click.option(
+    "--nvfp4-nibbles", type=click.Choice(["low", "high"]), help="Which half byte comes first."
+)
+@click.option(
+    "--scale-layout", type=click.Choice(["linear", "tiles"]), help="Order of block scales."
+)
+@click.option("--raw-fp8", is_flag=True, help="Accept float8 weights without any scale.")
+@click.option("--deep", is_flag=True, help="Read the weights too: finite values, sane scales.")
+@_options.JSON
+def COMMAND(
+    source: str,
+    subfolder: str | None,
+    revision: str | None,
+    local_files_only: bool,
+    nvfp4_nibbles: str | None,
+    scale_layout: str | None,
+    raw_fp8: bool,
+    deep: bool,
+    as_json: bool,
+) -> int:
+    """Say what SOURCE is: format and the evidence for it, family, layers, and whether it is whole.
+
+    SOURCE is a file, a folder or a repository of one component. Weights are not read, except with
+    --deep. The exit code is 1 when the audit fails.
+    """
+    hints = Hints(nibbles=nvfp4_nibbles, scales=scale_layout, raw_fp8=raw_fp8)  # type: ignore[arg-type]
+    inspection = loading.inspect(
+        source,
+        deep=deep,
+        hints=hints,
+        subfolder=subfolder,
+        revision=revision,
+        local_files_only=local_files_only,
+    )
+    click.echo(json.dumps(inspection.to_json(), indent=2) if as_json else _told(inspection))
+    return 0 if inspection.ok else 1
+
+
+def _told(inspection: loading.Inspection) -> str:
+    plan = inspection.plan
+    size = sum(file.size for file in plan.files)
+    facts = [
+        ("source", inspection.checkpoint.origin),
+        ("format", plan.format),
+        *(("evidence", sentence) for sentence in plan.evidence),
+        ("family", f"{plan.family} ({plan.config.get('_class_name', 'class unknown')})"),
+        ("size", f"{_talk.size(size)} in {_talk.count(len(plan.files), 'file')}"),
+        ("layers", _tally(plan.layers)),
+        *(("note", note) for note in plan.notes),
+        *(("open", f"{question.topic}: {question.why}") for question in plan.open),
+        ("audit", _verdict(inspection)),
+    ]
+    parts = [_talk.facts(facts)]
+    if plan.layers:
+        parts.append(_talk.table([HEADINGS, *_layers.grouped(map(_row, plan.layers))]))
+    if inspection.problems:
+        told = inspection.problems[:PROBLEMS_TOLD]
+        parts.append(_talk.table((problem.tensor, problem.what) for problem in told))
+    return "\n\n".join(parts)
+
+
+def _row(layer: LayerPlan) -> _layers.Row:
+    stored = " + ".join(dict.fromkeys(str(piece.encoding) for piece in layer.pieces))
+    asked = dict.fromkeys(
+        "-" if piece.activation is None else str(piece.activation) for piece in layer.pieces
+    )
+    n, k = layer.shape_NK
+    return layer.path, (f"{n}x{k}", stored, " + ".join(asked), layer.why)
+
+
+def _tally(layers: tuple[LayerPlan, ...]) -> str:
+    counted = Counter("+".join(layer.encodings) for layer in layers)
+    told = ", ".join(f"{count} {name}" for name, count in counted.items())
+    return f"{_talk.count(len(layers), 'linear')}: {told}" if layers else "no linears"
+
+
+def _verdict(inspection: loading.Inspection) -> str:
+    if inspection.ok:
+        return "whole: every tensor has an owner, every weight its scales"
+    return _talk.count(len(inspection.problems), "problem")

@@ -1,0 +1,119 @@
+"""INT4: two integers per byte, scales per group, row or tensor.
+
+    codes           (N, K / 2)   uint8   bits 0-3 hold the even column
+    block_scale     (N, G)       float   multiplies; groups of K / G columns
+    channel_scale   (N,)         float   multiplies; alone or beside a block scale
+    tensor_scale    ()           float   multiplies when alone; beside a block scale see below
+    zero_point      (N, G)       float   absent means none; (N,) beside a channel scale
+
+Options:
+
+    signed   true (default): two's complement, -8..7 | false: 0..15 | offset: the code less 8
+    zero     integer (default): (code - zero) * scale | scaled: code * scale + zero (Nunchaku AWQ)
+    group    columns per block scale and zero point, K / G by default; where it is named, groups
+             beyond K are padding (Nunchaku AWQ pads to 16 of them)
+
+A tensor scale beside a block scale is ModelOpt's W4A8: the weight code * block_scale is held by the
+kernel as e4m3(weight / tensor_scale) * tensor_scale, so that is what it decodes to.
+Sources: ModelOpt (INT4_AWQ, W4A8_AWQ), Nunchaku (SVDQuant, AWQ), comfy-kitchen (AWQ, `offset`).
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from diffquant.encodings import Codec, Recipe
+from diffquant.encodings._nibbles import packed, pair_table, unpacked
+from diffquant.encodings._scales import (
+    Cell,
+    decode_rows,
+    divided_rows,
+    grids,
+    offset_grid,
+    row_spans,
+    stored,
+    symmetric_grid,
+)
+from diffquant.encodings.fp8 import LARGEST as LARGEST_FP8
+from diffquant.plan import Encoding, Role
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SIGNED = (*range(8), *range(-8, 0))
+UNSIGNED = tuple(range(16))
+TABLES = {"true": SIGNED, "false": UNSIGNED, "offset": tuple(range(-8, 8))}
+GROUP = 128
+
+
+def decode(
+    parts: "Mapping[Role, Tensor]", encoding: Encoding, shape_NK: tuple[int, int]
+) -> "Tensor":
+    """weight_NK = (codes - zero) * scales, or codes * scales + zero; float32."""
+    from torch import uint8
+
+    held = _trimmed(parts, encoding, shape_NK[1])
+    fp8_scale = held.pop(Role.TENSOR_SCALE, None) if Role.BLOCK_SCALE in held else None
+    codes = held[Role.CODES].view(uint8)
+    table = pair_table(TABLES[encoding.option("signed", "true")], codes)
+    zero = offset_grid(held.get(Role.ZERO_POINT), shape_NK)
+    added = encoding.option("zero", "integer") == "scaled"
+    weight = decode_rows(
+        codes,
+        lambda rows: unpacked(rows, table, shape_NK[1]),
+        shape_NK,
+        grids(held, shape_NK, Cell(1, int(encoding.option("group", str(GROUP))))),
+        minus=None if added else zero,
+        plus=zero if added else None,
+    )
+    if fp8_scale is not None:
+        _hold_in_fp8(weight, fp8_scale.float().reshape(()))
+    return weight
+
+
+def encode(values_NK: "Tensor", encoding: Encoding, recipe: Recipe) -> "dict[Role, Tensor]":
+    """scale = amax / 7 (unsigned: / 15) in float32; codes = values / scale, nearest even."""
+    from torch import uint8
+
+    low, high = (0, 15) if recipe.unsigned else (-8, 7)
+    grid = symmetric_grid(values_NK, recipe, float(high), GROUP)
+    codes = values_NK.new_empty(len(values_NK), -(-values_NK.shape[1] // 2), dtype=uint8)
+    for rows, ratio in divided_rows(values_NK, grid):
+        whole = ratio.round_().clamp_(low, high).int() & 15
+        codes[rows] = packed(whole.to(uint8))
+    return {Role.CODES: codes, **stored(grid, recipe)}
+
+
+def _trimmed(
+    parts: "Mapping[Role, Tensor]", encoding: Encoding, columns: int
+) -> "dict[Role, Tensor]":
+    """The parts without groups beyond K, where the encoding names the group."""
+    group = int(encoding.option("group", "0"))
+    trimmed = dict(parts)
+    for role in (Role.BLOCK_SCALE, Role.ZERO_POINT):
+        if group and role in parts and parts[role].ndim == 2:
+            trimmed[role] = parts[role][:, : -(-columns // group)]
+    return trimmed
+
+
+def _hold_in_fp8(weight: "Tensor", scale: "Tensor") -> None:
+    """weight = e4m3(weight / scale) * scale, in place."""
+    from torch import float8_e4m3fn
+
+    largest = LARGEST_FP8["e4m3"]
+    for rows in row_spans((weight.shape[0], weight.shape[1])):
+        ratio = (weight[rows] / scale).clamp_(-largest, largest)
+        weight[rows] = ratio.to(float8_e4m3fn).float().mul_(scale)
+
+
+CODEC = Codec(
+    bits=4,
+    scales=(
+        frozenset({Role.BLOCK_SCALE}),
+        frozenset({Role.CHANNEL_SCALE}),
+        frozenset({Role.TENSOR_SCALE}),
+    ),
+    optional=frozenset({Role.ZERO_POINT}),
+    code_dtypes=frozenset({"U8", "I8", "I16", "I32"}),
+    decode=decode,
+    encode=encode,
+)

@@ -1,0 +1,146 @@
+"""NVFP4: E2M1 in groups of 16 along K, an e4m3 scale per group, an outer scale above them.
+
+    codes           (N, K / 2)   uint8     two E2M1; bits 0-3 hold the even column
+    block_scale     (N, K / 16)  e4m3      multiplies; row-major here, tiles are a layout
+    tensor_scale    ()           float32   multiplies; amax / (6 * 448)
+    channel_scale   (N,)         float     multiplies; Nunchaku's fused layers have one per row
+
+The outer scale is a tensor scale, a channel scale, or both. Options:
+
+    block          columns per group: 16, or 32 in ModelOpt's W4A8_NVFP4_FP8
+    tensor_scale   multiply (default) | divide: compressed-tensors and LightX2V store the inverse
+    outer          `none`: no outer scale at all (Nunchaku), the block scale alone is the scale
+
+Sources: ModelOpt 0.47 exports (bit-equal); Nunchaku's rule for `outer=none`, where the block scale
+is min(amax / 6, 448) rounded to e4m3 and the codes come from the unrounded one.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from diffquant.encodings import Codec, Recipe
+from diffquant.encodings import _e2m1 as e2m1
+from diffquant.encodings._nibbles import packed, pair_table, unpacked
+from diffquant.encodings._scales import (
+    Cell,
+    Grid,
+    amax,
+    as_e4m3,
+    channel_grid,
+    decode_rows,
+    divided_rows,
+    group_grid,
+    tensor_grid,
+)
+from diffquant.errors import PlanError
+from diffquant.plan import Encoding, Role
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LARGEST_SCALE = 448.0
+SMALLEST_SCALE = 2.0**-9
+
+
+def decode(
+    parts: "Mapping[Role, Tensor]", encoding: Encoding, shape_NK: tuple[int, int]
+) -> "Tensor":
+    """weight_NK = e2m1(codes) * block_scale * outer scales; the first product is exact."""
+    table = pair_table(e2m1.VALUES, parts[Role.CODES])
+    return decode_rows(
+        parts[Role.CODES],
+        lambda rows: unpacked(rows, table, shape_NK[1]),
+        shape_NK,
+        tuple(_scales(parts, encoding, shape_NK)),
+    )
+
+
+def encode(values_NK: "Tensor", encoding: Encoding, recipe: Recipe) -> "dict[Role, Tensor]":
+    """Nearest E2M1, ties to even; block scales rounded to e4m3 and never below 2^-9.
+
+    A given `recipe.scale` is the outer scale: of the tensor, or of every row.
+    """
+    cell = Cell(1, group_of(encoding))
+    if encoding.option("outer", "") == "none":
+        return _without_outer(values_NK, cell)
+    outer = _outer(values_NK, recipe)
+    block = _block_scale(values_NK, cell, outer)
+    codes = _codes(values_NK, Grid(block.float(), cell), outer)
+    role = Role.TENSOR_SCALE if outer.values.ndim == 0 else Role.CHANNEL_SCALE
+    return {Role.CODES: codes, Role.BLOCK_SCALE: block, role: outer.values.squeeze()}
+
+
+def group_of(encoding: Encoding) -> int:
+    """Columns per block scale."""
+    return int(encoding.option("block", "16"))
+
+
+def _scales(
+    parts: "Mapping[Role, Tensor]", encoding: Encoding, shape_NK: tuple[int, int]
+) -> list[Grid]:
+    block = as_e4m3(parts[Role.BLOCK_SCALE]).float()
+    tensor = parts.get(Role.TENSOR_SCALE)
+    if tensor is not None and encoding.option("tensor_scale", "multiply") == "divide":
+        block, tensor = block / tensor.float().reshape(()), None
+    scales = [group_grid(block, shape_NK, group_of(encoding))]
+    if (channel := parts.get(Role.CHANNEL_SCALE)) is not None:
+        scales.append(channel_grid(channel, shape_NK))
+    if tensor is not None:
+        scales.append(tensor_grid(tensor, shape_NK))
+    if not (CODEC.is_complete(encoding, frozenset(parts))):
+        raise PlanError(
+            f"{encoding} has no outer scale",
+            hint="a file that has none says so with the option outer=none",
+        )
+    return scales
+
+
+def _outer(values_NK: "Tensor", recipe: Recipe) -> Grid:
+    shape_NK = (values_NK.shape[0], values_NK.shape[1])
+    if recipe.scale is None:
+        scale = amax(values_NK, Cell(*shape_NK)).float() / (e2m1.LARGEST * LARGEST_SCALE)
+        return tensor_grid(scale, shape_NK)
+    given = recipe.scale.float()
+    return tensor_grid(given, shape_NK) if given.numel() == 1 else channel_grid(given, shape_NK)
+
+
+def _block_scale(values_NK: "Tensor", cell: Cell, outer: Grid) -> "Tensor":
+    from torch import float8_e4m3fn
+
+    most = amax(values_NK, cell).float()
+    scale = most / (e2m1.LARGEST * outer.values)
+    # ModelOpt writes 1 for a block of zeros; anything would do, because its codes are zero.
+    scale = scale.masked_fill_(most == 0, 1.0)
+    return scale.clamp_(SMALLEST_SCALE, LARGEST_SCALE).to(float8_e4m3fn)
+
+
+def _without_outer(values_NK: "Tensor", cell: Cell) -> "dict[Role, Tensor]":
+    from torch import float8_e4m3fn
+
+    exact = (amax(values_NK, cell).float() / e2m1.LARGEST).clamp_(max=LARGEST_SCALE)
+    codes = _codes(values_NK, Grid(exact, cell))
+    return {Role.CODES: codes, Role.BLOCK_SCALE: exact.to(float8_e4m3fn)}
+
+
+def _codes(values_NK: "Tensor", *scales: Grid) -> "Tensor":
+    from torch import uint8
+
+    codes = values_NK.new_empty(len(values_NK), -(-values_NK.shape[1] // 2), dtype=uint8)
+    for rows, ratio in divided_rows(values_NK, *scales):
+        codes[rows] = packed(e2m1.codes(ratio))
+    return codes
+
+
+CODEC = Codec(
+    bits=4,
+    scales=(
+        frozenset({Role.BLOCK_SCALE, Role.TENSOR_SCALE}),
+        frozenset({Role.BLOCK_SCALE, Role.CHANNEL_SCALE}),
+        frozenset({Role.BLOCK_SCALE, Role.TENSOR_SCALE, Role.CHANNEL_SCALE}),
+    ),
+    waived={"outer=none": frozenset({Role.TENSOR_SCALE, Role.CHANNEL_SCALE})},
+    code_dtypes=frozenset({"U8", "I8"}),
+    group=16,
+    decode=decode,
+    encode=encode,
+)

@@ -1,0 +1,398 @@
+"""A request and a pipeline -> pictures that are checked, saved and can be drawn again.
+
+B images of one request, image i drawn with seed + i.
+"""
+
+import inspect
+import itertools
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor, nn
+
+from diffquant.errors import NonFiniteError, RunError, UsageError
+
+METADATA_KEY = "diffquant"
+DEFAULT_SEED = 42
+LONGEST_STEM = 60  # characters of the prompt in a file name
+
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be drawn. None leaves a value to the next source: see `fill`.
+
+    width, height  pixels
+    seed           of the first image; image i of the request uses seed + i
+    """
+
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    true_cfg_scale: float | None = None
+    seed: int | None = None
+    num_images_per_prompt: int | None = None
+    max_sequence_length: int | None = None
+    num_frames: int | None = None
+    fps: int | None = None
+
+    @property
+    def typed(self) -> dict[str, Any]:
+        """The values that are set."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """One seed per image."""
+        first = DEFAULT_SEED if self.seed is None else self.seed
+        return tuple(first + index for index in range(self.num_images_per_prompt or 1))
+
+
+#: Fields that are not arguments of a pipeline's call under their own name.
+_OURS = frozenset({"seed", "fps"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What one request gave.
+
+    request       as it ran, every value known
+    seconds       from the call to the last pixel
+    step_seconds  of each denoising step
+    """
+
+    request: Request
+    images: tuple[Image.Image, ...]
+    seconds: float
+    step_seconds: tuple[float, ...]
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+def fill(request: Request, pipeline: Any, defaults: Mapping[str, Any]) -> Request:
+    """The request with every open value taken from the preset's `defaults`, else the pipeline's own.
+
+    Raises UsageError for a typed value that this pipeline cannot take.
+    """
+    accepted = _accepted(pipeline)
+    for name in request.typed:
+        if name not in accepted:
+            raise UsageError(
+                f"{_flag(name)} means nothing to a {type(pipeline).__name__}",
+                hint=f"it takes {', '.join(_flag(known) for known in sorted(accepted))}",
+            )
+    values = {
+        item.name: _first(
+            getattr(request, item.name), defaults.get(item.name), accepted.get(item.name)
+        )
+        for item in fields(Request)
+        if item.name in accepted
+    }
+    return _with_guidance(replace(request, **values), request)
+
+
+def generate(pipeline: Any, request: Request, on_step: OnStep | None = None) -> Result:
+    """Draw the pictures. `on_step(done, of)` is called after every denoising step.
+
+    Raises NonFiniteError where latents or pixels are not finite, naming the step and the first
+    layer that went wrong, and RunError for a picture of one colour.
+    """
+    if not request.prompt:
+        raise UsageError("there is no prompt", hint="--prompt 'red apple'")
+    steps = request.num_inference_steps or 0
+    watch = _Watch(steps, on_step)
+    started = time.perf_counter()
+    try:
+        pixels = _draw(pipeline, request, watch)
+    except _LatentsWentBad as bad:
+        raise NonFiniteError(
+            f"latents are not finite after step {bad.step + 1} of {steps}; "
+            f"{_blame(pipeline, request)}"
+        ) from None
+    seconds = time.perf_counter() - started
+    if not pixels.isfinite().all():
+        raise NonFiniteError(f"pixels are not finite; {_blame(pipeline, request)}")
+    for index, picture in enumerate(pixels):
+        _require_picture(picture, index)
+    height, width = pixels.shape[-2:]
+    return Result(
+        request=replace(request, height=height, width=width),
+        images=tuple(_image(picture) for picture in pixels),
+        seconds=seconds,
+        step_seconds=tuple(watch.seconds),
+    )
+
+
+def recorded(result: Result, *, flags: Mapping[str, Any], report: Mapping[str, Any]) -> Result:
+    """The result with everything needed to draw it again.
+
+    flags   what was typed about models and the run, by field name
+    report  of the loaded pipeline: plans, digests, the choice per layer
+    """
+    record = {
+        "request": result.request.typed,
+        "flags": dict(flags),
+        "report": dict(report),
+        "versions": versions(),
+        "seconds": round(result.seconds, 3),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return replace(result, record=record)
+
+
+def save(result: Result, output_path: Path, output_file_name: str | None = None) -> list[Path]:
+    """Write each picture as PNG with the result's record inside; nothing is ever overwritten.
+
+    The name is made of prompt and seed unless given; a taken one becomes name-2.png, name-3.png …
+    """
+    output_path.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for index, (image, seed) in enumerate(zip(result.images, result.request.seeds, strict=True)):
+        name = output_file_name or f"{_slug(result.request.prompt or '')}-{seed}.png"
+        record = {**result.record, "image": index, "image_seed": seed}
+        paths.append(_write_png(image, record, output_path / _as_png(name)))
+    return paths
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What `save` wrote into a picture. Raises UsageError for a file that holds no such record."""
+    try:
+        with Image.open(path) as image:
+            text = getattr(image, "text", {}).get(METADATA_KEY)
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no file {str(path)!r}") from error
+    except OSError as error:
+        raise UsageError(f"{str(path)!r} is not a picture") from error
+    if text is None:
+        raise UsageError(
+            f"{str(path)!r} holds no record of how it was made",
+            hint="pictures written by `diffquant generate` do, unless another program rewrote them",
+        )
+    record: dict[str, Any] = json.loads(text)
+    return record
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the bits of a picture, and the number of threads."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    names = ("diffquant", "torch", "diffusers", "transformers")
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return {**found, "threads": str(torch.get_num_threads())}
+
+
+# ------------------------------------------------------------------------------------------ requests
+
+
+def _accepted(pipeline: Any) -> dict[str, Any]:
+    """Fields of a request the pipeline's call takes, with its own default for each."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    known = {item.name for item in fields(Request)}
+    accepted = {
+        name: None if parameter.default is inspect.Parameter.empty else parameter.default
+        for name, parameter in parameters.items()
+        if name in known
+    }
+    ours = {"seed": DEFAULT_SEED, **({"fps": None} if "num_frames" in accepted else {})}
+    return {**accepted, **ours}
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _with_guidance(filled: Request, typed: Request) -> Request:
+    """A negative prompt needs true guidance, and true guidance a negative prompt, if an empty one."""
+    if filled.true_cfg_scale is None:
+        return filled
+    if filled.true_cfg_scale > 1:
+        return replace(filled, negative_prompt=filled.negative_prompt or "")
+    if typed.negative_prompt:
+        raise UsageError(
+            f"--negative-prompt has no effect at --true-cfg-scale {filled.true_cfg_scale:g}",
+            hint="--true-cfg-scale 4",
+        )
+    return filled
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+# ------------------------------------------------------------------------------------------- watching
+
+
+class _LatentsWentBad(Exception):
+    """Latents are not finite after `step`, counted from 0."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
+
+
+class _LayerWentBad(Exception):
+    """A layer's output is not finite though its inputs are."""
+
+
+class _Watch:
+    """Called by the pipeline after every step: counts, times, and stops where latents go bad.
+
+    The seconds of the first step hold the text encoders' too.
+    """
+
+    def __init__(self, steps: int, on_step: OnStep | None) -> None:
+        self.steps = steps
+        self.on_step = on_step
+        self.seconds: list[float] = []
+        self._last = time.perf_counter()
+
+    def __call__(
+        self, pipeline: Any, step: int, timestep: Any, values: dict[str, Any]
+    ) -> dict[str, Any]:
+        if not values["latents"].isfinite().all():
+            raise _LatentsWentBad(step)
+        now = time.perf_counter()
+        self.seconds.append(now - self._last)
+        self._last = now
+        if self.on_step is not None:
+            self.on_step(step + 1, self.steps)
+        return values
+
+
+def _draw(pipeline: Any, request: Request, watch: _Watch) -> Tensor:
+    """Pixels [B, 3, H, W] between 0 and 1."""
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    arguments = {
+        **{name: value for name, value in request.typed.items() if name not in _OURS},
+        # On the CPU, so that a seed means the same noise on every device.
+        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds],
+        "callback_on_step_end": watch,
+        "output_type": "pt",
+    }
+    with torch.inference_mode():
+        drawn = pipeline(**{name: arguments[name] for name in arguments if name in accepted})
+    if not hasattr(drawn, "images"):
+        raise RunError(
+            f"{type(pipeline).__name__} does not draw pictures, and only those are saved"
+        )
+    pixels: Tensor = drawn.images
+    return pixels
+
+
+def _blame(pipeline: Any, request: Request) -> str:
+    """The first layer whose output is not finite though its inputs are, found by drawing again."""
+    try:
+        with _layers_watched(pipeline):
+            _draw(pipeline, request, _Watch(request.num_inference_steps or 0, None))
+    except _LayerWentBad as bad:
+        return f"the first layer to give such values is {str(bad)!r}"
+    except _LatentsWentBad:
+        return "every layer gives finite values, so the scheduler is to blame"
+    return "drawn again, every layer gives finite values"
+
+
+@contextmanager
+def _layers_watched(pipeline: Any) -> Iterator[None]:
+    """Raise _LayerWentBad from the first leaf module of any component that goes bad."""
+    handles = [
+        leaf.register_forward_hook(_alarm(f"{component}.{path}"))
+        for component, module in pipeline.components.items()
+        if isinstance(module, nn.Module)
+        for path, leaf in module.named_modules()
+        if not any(True for _ in leaf.children())
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _alarm(path: str) -> Callable[[nn.Module, Any, Any], None]:
+    def check(module: nn.Module, inputs: Any, output: Any) -> None:
+        if not _finite(output) and _finite(inputs):
+            raise _LayerWentBad(path)
+
+    return check
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_finite(item) for item in value)
+    return not isinstance(value, Tensor) or bool(value.isfinite().all())
+
+
+# ------------------------------------------------------------------------------------------- pictures
+
+
+def _require_picture(picture: Tensor, index: int) -> None:
+    if picture.max() == picture.min():
+        raise RunError(
+            f"picture {index + 1} has one colour only ({picture.max().item():.3f}) and is not saved",
+            hint="compare with --numerics faithful, or look at the weights: diffquant inspect SOURCE",
+        )
+
+
+def _image(picture: Tensor) -> Image.Image:
+    """[3, H, W] between 0 and 1 -> 8 bits, rounded exactly as diffusers does."""
+    values = picture.permute(1, 2, 0).float().cpu().numpy()
+    return Image.fromarray((values * 255).round().astype("uint8"))
+
+
+def _slug(prompt: str) -> str:
+    """'A red apple!' -> 'a-red-apple'; letters of every script stay."""
+    words = "-".join(re.findall(r"\w+", prompt.lower()))
+    return words[:LONGEST_STEM].strip("-") or "picture"
+
+
+def _as_png(name: str) -> str:
+    suffix = Path(name).suffix.lower()
+    if suffix in (".jpg", ".jpeg", ".webp", ".bmp", ".tiff", ".gif"):
+        raise UsageError(
+            f"pictures are written as PNG, not {suffix!r}", hint=f"{Path(name).stem}.png"
+        )
+    return name if suffix == ".png" else f"{name}.png"
+
+
+def _write_png(image: Image.Image, record: Mapping[str, Any], wanted: Path) -> Path:
+    """Atomic: the name is reserved first, and shows either nothing or the whole picture."""
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt(METADATA_KEY, json.dumps(record, ensure_ascii=False))
+    path = _reserve(wanted)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as stream:
+        image.save(stream, "PNG", pnginfo=text)
+    os.chmod(stream.name, path.stat().st_mode)
+    os.replace(stream.name, path)
+    return path
+
+
+def _reserve(wanted: Path) -> Path:
+    """Create the first free name of wanted, wanted-2, wanted-3 …"""
+    for number in itertools.count(1):
+        stem = wanted.stem if number == 1 else f"{wanted.stem}-{number}"
+        path = wanted.with_name(stem + wanted.suffix)
+        try:
+            path.open("x").close()
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("unreachable")
