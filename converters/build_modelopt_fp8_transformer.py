@@ -23,36 +23,26 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError  # noqa: TID251 - raised by torch.load(weights_only=True)
 from typing import Any, Literal
 
 import click
 import torch
 from torch import Tensor
 
-from diffquant import headers, patterns, preset, sources
+from diffquant import patterns, preset
+from diffquant.converters._command import ConverterCommand
+from diffquant.converters._component import Component, family_of, spellings
+from diffquant.converters._fp8_scales import FP8, Scales, source_and_scales
 from diffquant.encodings import ENCODINGS, Recipe
-from diffquant.errors import ConvertError, DiffquantError, UsageError
-from diffquant.families import FAMILIES, Family, spelled
+from diffquant.errors import ConvertError, UsageError
+from diffquant.families import FAMILIES, Family
 from diffquant.plan import Encoding, Role
-from diffquant.tensors import Weights
 from diffquant.writing import GIB, Declared, Progress, write
 
-FP8 = "F8_E4M3"
 LARGEST = 448.0
 SCALES = ("weight_scale", "input_scale")
-
-#: Leaves that no per-tensor FP8 file has: their layers mean something else than codes * scale.
-FOREIGN = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b", "weight_scale_2")
-
-#: Names the peer's tool writes into `ignore` instead of diffusers' own.
-PEER_NAMES = (
-    (re.compile(r"((?:^|\.)(?:audio_)?ff)\.net\.0\.proj$"), r"\1.proj_in"),
-    (re.compile(r"((?:^|\.)(?:audio_)?ff)\.net\.2$"), r"\1.proj_out"),
-    (re.compile(r"(\.(?:img|txt)_mod)\.1$"), r"\1"),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,11 +81,11 @@ def build(
     Raises ConvertError for what is no per-tensor FP8 source, UsageError for options that match
     nothing, PresetError for a preset that does not fit, SourceError for what cannot be found.
     """
-    source, measured = _source(export, backbone, from_bf16, calibration, maxbound)
-    family = _family(source)
+    source, measured = source_and_scales(export, backbone, from_bf16, calibration, maxbound)
+    family = family_of(source)
     chosen = _preset(model_type, family, source)
     kept = _kept(source, family, chosen, keep_bf16)
-    original = None if base is None else _Component.open(base)
+    original = None if base is None else Component.open(base)
     layers = _layers(source, family, measured, kept)
     stored = list(_declared(source, original, layers))
     block = _quantization_config(source, family, layers)
@@ -114,232 +104,10 @@ def build(
     return _statistics(layers, source, len(written.shards), chosen)
 
 
-# where weights and scales come from -----------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Component:
-    """A component on disk: header, configuration and mapped tensors."""
-
-    root: Path
-    config: Mapping[str, Any]
-    header: headers.Header
-    weights: Weights
-    fresh: bool = False  # plain weights that nobody quantized yet
-
-    @staticmethod
-    def open(source: str, fresh: bool = False) -> "_Component":
-        found = sources.checkpoint(source)
-        header = headers.read(found.files)
-        return _Component(found.root, found.config, header, Weights(found.files), fresh)
-
-    def tensor(self, name: str) -> Tensor:
-        return self.weights.tensor(self.header.tensors[name].file, name)
-
-    def modules(self) -> list[str]:
-        """Modules that have a weight, in stored order."""
-        names = (name.rpartition(".") for name in self.header.tensors)
-        return [module for module, _, leaf in names if leaf == "weight"]
-
-    def weight(self, module: str) -> headers.Tensor:
-        return self.header.tensors[f"{module}.weight"]
-
-    @property
-    def declaration(self) -> Mapping[str, Any]:
-        return self.config.get("quantization_config") or {}
-
-
-@dataclass(frozen=True, slots=True)
-class _Scales:
-    """Scales of one layer, float32 (1,). `weight` is called when it is needed: it may read it."""
-
-    weight: Callable[[], Tensor]
-    input: Tensor | None
-
-
-def _source(
-    export: str | None,
-    backbone: Path | None,
-    from_bf16: str | None,
-    calibration: Path | None,
-    maxbound: float,
-) -> tuple[_Component, dict[str, _Scales]]:
-    """The component to convert, and the scales known for its layers."""
-    if (export is None) == (from_bf16 is None):
-        raise UsageError("one source is needed", hint="--modelopt-hf-dir DIR, or --from-bf16 DIR")
-    if from_bf16 is not None:
-        if backbone is not None:
-            raise UsageError(
-                "--modelopt-backbone-ckpt belongs to an export, not to --from-bf16",
-                hint="--calibration FILE gives input scales to plain weights",
-            )
-        plain = _Component.open(from_bf16, fresh=True)
-        _require_unquantized(plain)
-        return plain, _measured(plain, calibration, maxbound)
-    if calibration is not None:
-        raise UsageError("--calibration goes with --from-bf16; an export has its own scales")
-    component = _Component.open(str(export))
-    _require_fp8(component)
-    buffers = {name: component.tensor for name in component.header.tensors if "_amax" in name}
-    known = _from_amax({name: read(name) for name, read in buffers.items()}, maxbound)
-    if backbone is not None:
-        known |= _from_amax(_backbone(backbone), maxbound)
-    known |= _beside_codes(component)
-    if not known:
-        raise ConvertError(
-            f"{str(component.root)!r} holds no FP8 scales: an exporter of 0.44 or older left the "
-            "weights as they were",
-            hint="--modelopt-backbone-ckpt backbone.pt has them, or use --from-bf16",
-        )
-    return component, known
-
-
-def _require_fp8(component: _Component) -> None:
-    block = component.declaration
-    algorithm = block.get("quant_algo") or "FP8"
-    native = any("_quantizer._amax" in name for name in component.header.tensors)
-    if block.get("quant_method") != "modelopt" and not native:
-        raise ConvertError(
-            f"{str(component.root)!r} is no ModelOpt export: its config.json says quant_method "
-            f"{block.get('quant_method')!r}",
-            hint="--from-bf16 quantizes plain weights",
-        )
-    foreign = [name for name in component.header.tensors if name.endswith(FOREIGN)]
-    if algorithm != "FP8" or foreign:
-        raise ConvertError(
-            f"per-tensor FP8 was needed, {str(component.root)!r} is "
-            f"{algorithm if algorithm != 'FP8' else f'something with {foreign[0]!r}'}",
-            hint="diffquant loads it as it is: --transformer-path",
-        )
-
-
-def _require_unquantized(component: _Component) -> None:
-    low = [name for name, each in component.header.tensors.items() if each.dtype == FP8]
-    if low or component.declaration.get("quant_algo"):
-        first = low[0] if low else "its config.json"
-        raise ConvertError(
-            f"--from-bf16 needs plain weights, and {first!r} says they are quantized",
-            hint="--modelopt-hf-dir takes a ModelOpt export",
-        )
-
-
-def _from_amax(buffers: Mapping[str, Tensor], maxbound: float) -> dict[str, _Scales]:
-    """Scales of the layers for which both quantizers saw values. The input's may have seen zero."""
-    ending = ".weight_quantizer._amax"
-    layers = [name.removesuffix(ending) for name in buffers if name.endswith(ending)]
-    pairs = {
-        layer: (buffers[layer + ending], buffers.get(f"{layer}.input_quantizer._amax"))
-        for layer in layers
-    }
-    return {
-        layer: _Scales(
-            partial(_scale, layer, weight, maxbound),
-            None if not inputs.any() else _scale(layer, inputs, maxbound),
-        )
-        for layer, (weight, inputs) in pairs.items()
-        if inputs is not None
-    }
-
-
-def _scale(layer: str, amax: Tensor, maxbound: float) -> Tensor:
-    if amax.numel() != 1:
-        raise ConvertError(
-            f"{layer!r} has amax values of shape {list(amax.shape)}, one per tensor was needed"
-        )
-    return _nonzero(amax.float().reshape(1) / maxbound)
-
-
-def _nonzero(scale: Tensor) -> Tensor:
-    """A layer of zeros has codes of zero, and any scale will do: one that can be divided by."""
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
-
-
-def _backbone(path: Path) -> dict[str, Tensor]:
-    """The `_amax` buffers of a ModelOpt state, mapped; nothing of it is executed."""
-    file = path / "backbone.pt" if path.is_dir() else path
-    if not file.is_file():
-        raise ConvertError(f"no file {str(file)!r}", hint="mto.save writes it: backbone.pt")
-    try:
-        loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, UnpicklingError) as error:
-        raise ConvertError(f"{str(file)!r} is no plain torch state: {error}") from error
-    state = loaded.get("model_state_dict", loaded)
-    return {name: value for name, value in state.items() if name.endswith("_amax")}
-
-
-def _beside_codes(component: _Component) -> dict[str, _Scales]:
-    """Scales stored beside FP8 codes: those are the ones the codes were made with."""
-    known = component.header.tensors
-    found: dict[str, _Scales] = {}
-    for module in component.modules():
-        if component.weight(module).dtype != FP8:
-            continue
-        names = (f"{module}.weight_scale", f"{module}.weight_quantizer._scale")
-        name = next((name for name in names if name in known), None)
-        if name is None:
-            continue
-        if component.tensor(name).numel() != 1:
-            raise ConvertError(
-                f"{name!r} has shape {list(known[name].shape)}, one scale per tensor was needed",
-                hint="diffquant loads it as it is: --transformer-path",
-            )
-        inputs = f"{module}.input_scale"
-        seen = component.tensor(inputs).float().reshape(1) if inputs in known else None
-        found[module] = _Scales(
-            partial(_stored_scale, component, name), seen if seen is not None and seen else None
-        )
-    return found
-
-
-def _stored_scale(component: _Component, name: str) -> Tensor:
-    return _nonzero(component.tensor(name).float().reshape(1))
-
-
-def _measured(
-    component: _Component, calibration: Path | None, maxbound: float
-) -> dict[str, _Scales]:
-    """Scales of every matrix from its own values, and of inputs from the calibration file."""
-    modules = component.modules()
-    inputs = _calibrated(calibration, modules)
-    return {
-        module: _Scales(
-            cache(partial(_measure, component, module, maxbound)),
-            torch.tensor([inputs[module] / maxbound]) if inputs.get(module) else None,
-        )
-        for module in modules
-        if len(component.weight(module).shape) == 2
-    }
-
-
-def _measure(component: _Component, module: str, maxbound: float) -> Tensor:
-    low, high = component.tensor(f"{module}.weight").aminmax()
-    return _scale(module, torch.maximum(-low, high), maxbound)
-
-
-def _calibrated(path: Path | None, modules: Sequence[str]) -> dict[str, float]:
-    if path is None:
-        return {}
-    table: dict[str, float] = json.loads(path.read_text("utf-8"))
-    unknown = [name for name in table if name not in modules]
-    if unknown:
-        near = patterns.nearest(unknown[0], modules)
-        raise ConvertError(
-            f"calibration speaks of {unknown[0]!r}, which the model does not have",
-            hint=f"nearest: {', '.join(near)}" if near else None,
-        )
-    return table
-
-
 # which layers stay ----------------------------------------------------------------------------------
 
 
-def _family(source: _Component) -> Family | None:
-    class_name = source.config.get("_class_name")
-    known = FAMILIES.load_all().values()
-    return next((family for family in known if class_name in family.class_names), None)
-
-
-def _preset(model_type: str, family: Family | None, source: _Component) -> preset.Preset | None:
+def _preset(model_type: str, family: Family | None, source: Component) -> preset.Preset | None:
     """The rules of what stays: of the family in `auto`, none in `none`, else of the family named."""
     algorithm = "fp8" if source.fresh else "modelopt_fp8"
     if model_type == "none":
@@ -368,7 +136,7 @@ def _with_preset(algorithm: str) -> list[str]:
 
 
 def _kept(
-    source: _Component,
+    source: Component,
     family: Family | None,
     chosen: preset.Preset | None,
     expressions: Sequence[str],
@@ -385,7 +153,7 @@ def _kept(
         hit = {
             module
             for module in modules
-            if any(typed.search(name) for name in _names(module, family))
+            if any(typed.search(name) for name in spellings(module, family))
         }
         if not hit:
             raise UsageError(
@@ -394,16 +162,6 @@ def _kept(
             )
         kept |= hit
     return frozenset(kept)
-
-
-def _names(module: str, family: Family | None) -> tuple[str, ...]:
-    """The module's own name, and those the peer's tool and runtime know it by."""
-    names = {module: None}
-    for expression, replacement in PEER_NAMES:
-        names[expression.sub(replacement, module)] = None
-    if family is not None and "sglang" in family.namings:
-        names.update(dict.fromkeys(spelled(family.namings["sglang"], module)))
-    return tuple(names)
 
 
 Treatment = Literal["fp8", "from_base", "as_it_is"]
@@ -415,13 +173,13 @@ class _Layer:
 
     treatment: Treatment
     fallback: bool = False
-    scales: _Scales | None = field(default=None, compare=False)
+    scales: Scales | None = field(default=None, compare=False)
 
 
 def _layers(
-    source: _Component,
+    source: Component,
     family: Family | None,
-    measured: Mapping[str, _Scales],
+    measured: Mapping[str, Scales],
     kept: frozenset[str],
 ) -> dict[str, _Layer]:
     """Every module with a weight, and what becomes of it. A kept one stays even if it is ignored."""
@@ -449,7 +207,7 @@ def _layers(
     return layers
 
 
-def _linears(source: _Component, family: Family | None) -> frozenset[str]:
+def _linears(source: Component, family: Family | None) -> frozenset[str]:
     """Modules that are linears: as the class has them, where it is known; otherwise matrices."""
     matrices = frozenset(name for name in source.modules() if len(source.weight(name).shape) == 2)
     if family is None:
@@ -457,7 +215,7 @@ def _linears(source: _Component, family: Family | None) -> frozenset[str]:
     return matrices & family.inventory(source.config).linears
 
 
-def _ignored(source: _Component, family: Family | None) -> frozenset[str]:
+def _ignored(source: Component, family: Family | None) -> frozenset[str]:
     """Modules the export ignores. Patterns speak of its own names, whole names may be the peer's.
 
     A pattern must not meet the peer's: `*proj_out` would hit every `ff.net.2`, its `ff.proj_out`.
@@ -467,7 +225,7 @@ def _ignored(source: _Component, family: Family | None) -> frozenset[str]:
         module
         for module in source.modules()
         if any(patterns.ignores(pattern, module) for pattern in ignore)
-        or not set(ignore).isdisjoint(_names(module, family))
+        or not set(ignore).isdisjoint(spellings(module, family))
     )
 
 
@@ -475,7 +233,7 @@ def _ignored(source: _Component, family: Family | None) -> frozenset[str]:
 
 
 def _declared(
-    source: _Component, base: _Component | None, layers: Mapping[str, _Layer]
+    source: Component, base: Component | None, layers: Mapping[str, _Layer]
 ) -> Iterator[Declared]:
     """Every tensor of the output, in the order of the input."""
     for name in source.header.tensors:
@@ -493,14 +251,14 @@ def _declared(
             yield _copied(source, name)
 
 
-def _copied(component: _Component, name: str) -> Declared:
+def _copied(component: Component, name: str) -> Declared:
     stored = component.header.tensors.get(name)
     if stored is None:
         raise ConvertError(f"the base transformer {str(component.root)!r} has no {name!r}")
     return Declared(name, stored.dtype, stored.shape, partial(component.tensor, name))
 
 
-def _require_base(base: _Component | None, module: str) -> _Component:
+def _require_base(base: Component | None, module: str) -> Component:
     if base is None:
         raise ConvertError(
             f"{module!r} is to stay in BF16 and the export has it in FP8 only",
@@ -509,7 +267,7 @@ def _require_base(base: _Component | None, module: str) -> _Component:
     return base
 
 
-def _quantized(source: _Component, module: str, scales: _Scales) -> Iterator[Declared]:
+def _quantized(source: Component, module: str, scales: Scales) -> Iterator[Declared]:
     shape = source.weight(module).shape
     make = partial(_codes, source, module, scales.weight)
     yield Declared(f"{module}.weight", FP8, shape, make)
@@ -518,7 +276,7 @@ def _quantized(source: _Component, module: str, scales: _Scales) -> Iterator[Dec
         yield Declared(f"{module}.input_scale", "F32", (1,), partial(torch.clone, scales.input))
 
 
-def _codes(source: _Component, module: str, scale: Callable[[], Tensor]) -> Tensor:
+def _codes(source: Component, module: str, scale: Callable[[], Tensor]) -> Tensor:
     """FP8 codes of a weight: saturated, never NaN.
 
     A ModelOpt export of zeros has a scale of zero and NaN codes; they are zeros here.
@@ -531,15 +289,16 @@ def _codes(source: _Component, module: str, scale: Callable[[], Tensor]) -> Tens
     encode = ENCODINGS.load("fp8").encode
     assert encode is not None, "fp8 can be written"
     recipe = Recipe(granularity="tensor", scale=scale().reshape(()))
-    return encode(values, Encoding("fp8"), recipe)[Role.CODES]
+    codes: Tensor = encode(values, Encoding("fp8"), recipe)[Role.CODES]
+    return codes
 
 
 def _quantization_config(
-    source: _Component, family: Family | None, layers: Mapping[str, _Layer]
+    source: Component, family: Family | None, layers: Mapping[str, _Layer]
 ) -> dict[str, Any]:
     """The export's own block, completed; `ignore` also in the names the peer's runtime uses."""
     plain = [module for module, layer in layers.items() if layer.scales is None]
-    names = {name for module in plain for name in _names(module, family)}
+    names = {name for module in plain for name in spellings(module, family)}
     fallback = {"producer": {"name": "diffquant"}, "config_groups": _config_groups(layers)}
     return {
         **fallback,
@@ -577,8 +336,8 @@ def _metadata(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _origin(
-    source: _Component,
-    base: _Component | None,
+    source: Component,
+    base: Component | None,
     backbone: Path | None,
     calibration: Path | None,
     maxbound: float,
@@ -591,7 +350,7 @@ def _origin(
 
 
 def _statistics(
-    layers: Mapping[str, _Layer], source: _Component, shards: int, chosen: preset.Preset | None
+    layers: Mapping[str, _Layer], source: Component, shards: int, chosen: preset.Preset | None
 ) -> Statistics:
     scaled = [layer.scales for layer in layers.values() if layer.scales is not None]
     fallbacks = sum(layer.fallback for layer in layers.values())
@@ -610,7 +369,7 @@ def _statistics(
 # the command ----------------------------------------------------------------------------------------
 
 
-@click.command(name="build_modelopt_fp8_transformer")
+@click.command(cls=ConverterCommand)
 @click.option("--modelopt-hf-dir", metavar="DIR", help="ModelOpt export, or its pipeline.")
 @click.option(
     "--modelopt-backbone-ckpt",
@@ -647,23 +406,18 @@ def main(
 
     Prints what was done as JSON.
     """
-    try:
-        done = build(
-            output_dir,
-            export=modelopt_hf_dir,
-            backbone=modelopt_backbone_ckpt,
-            from_bf16=from_bf16,
-            calibration=calibration,
-            base=base_transformer_dir,
-            model_type=model_type,
-            keep_bf16=keep_bf16_pattern,
-            maxbound=maxbound,
-            overwrite=overwrite,
-        )
-    except DiffquantError as error:
-        refusal = click.ClickException(str(error))
-        refusal.exit_code = error.exit_code
-        raise refusal from error
+    done = build(
+        output_dir,
+        export=modelopt_hf_dir,
+        backbone=modelopt_backbone_ckpt,
+        from_bf16=from_bf16,
+        calibration=calibration,
+        base=base_transformer_dir,
+        model_type=model_type,
+        keep_bf16=keep_bf16_pattern,
+        maxbound=maxbound,
+        overwrite=overwrite,
+    )
     click.echo(json.dumps(asdict(done), indent=2))
 
 

@@ -201,10 +201,10 @@ def build(
 ) -> "nn.Module":
     """One component's module: settled plan, choices of the settled plan, weights."""
     from diffquant.materialize import materialize
-    from diffquant.settle import settle
+    from diffquant.settle import of_checkpoint, settle
 
-    plan = dry.plans[component]
-    settled = settle(plan)
+    plan, source = dry.plans[component], dry.resolution.components[component]
+    settled = settle(plan, of_checkpoint(source.base, source.config) if plan.open else None)
     choices = dry.choices[component]
     if settled is not plan:
         choices = choose_all(settled, dry.device, dry.run, component)

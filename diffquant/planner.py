@@ -294,7 +294,14 @@ class _Sheet:
 
     def _diffusers_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Shapes under diffusers names, as far as one stored tensor is one parameter."""
-        shapes = {f"{layer.name}.weight": layer.stored_NK for layer in self.reading.layers}
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{layer.name}.weight": layer.stored_NK for layer in self.reading.layers
+        }
+        shapes |= {
+            f"{layer.name}.bias": layer.stored_NK[:1]
+            for layer in self.reading.layers
+            if any(part.role in BIASES for part in layer.parts)
+        }
         shapes |= {name: self.header.tensors[name].shape for name in self.rest}
         for name, shape in shapes.items():
             stem, leaf = _split(name)

@@ -420,7 +420,7 @@ def _require_class(override: _Override, described: Checkpoint, class_name: str) 
     found = described.config.get("_class_name", class_name)
     if found != class_name:
         raise UsageError(
-            f"{override.flag} gives a {found}, {override.component!r} of the pipeline is a "
+            f"{override.flag} gives {found}, and {override.component!r} of the pipeline is "
             f"{class_name}",
             hint="is this the transformer of another model? see `diffquant inspect`",
         )
@@ -491,7 +491,7 @@ def _rule_7_svdquant(
                 f"{precision or named[0]} of rank {rank or named[1]}",
                 hint="leave out --quantization-precision and --quantization-rank",
             )
-        log.fire("7", name=weights.origin, precision=named[0], rank=named[1])
+        log.fire("7", name=Path(weights.origin).name, precision=named[0], rank=named[1])
         precision, rank = named
     elif flags.enable_svdquant or precision or rank:
         log.fire("7b", precision=precision or "of any kind", rank=rank or "any")

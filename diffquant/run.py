@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -288,14 +289,25 @@ def _draw(pipeline: Any, request: Request, watch: _Watch) -> Tensor:
         "callback_on_step_end": watch,
         "output_type": "pt",
     }
-    with torch.inference_mode():
-        drawn = pipeline(**{name: arguments[name] for name in arguments if name in accepted})
+    try:
+        with torch.inference_mode():
+            drawn = pipeline(**{name: arguments[name] for name in arguments if name in accepted})
+    except ValueError as error:
+        if not _from_input_check(error):
+            raise
+        raise UsageError(f"{type(pipeline).__name__} refuses: {error}") from error
     if not hasattr(drawn, "images"):
         raise RunError(
             f"{type(pipeline).__name__} does not draw pictures, and only those are saved"
         )
     pixels: Tensor = drawn.images
     return pixels
+
+
+def _from_input_check(error: ValueError) -> bool:
+    """Whether diffusers raised it while it looked at what was asked for."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.name == "check_inputs" for frame in frames)
 
 
 def _blame(pipeline: Any, request: Request) -> str:

@@ -20,13 +20,17 @@ Where no candidate is clearly better the plan is refused with both figures.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, isfinite, uint8, zeros_like
 
+from diffquant import headers, planner
 from diffquant.encodings import ENCODINGS
 from diffquant.errors import PlanError
+from diffquant.formats.diffusers import trace
 from diffquant.pieces import canonical, dense
 from diffquant.plan import LayerPlan, Part, Piece, Plan, Question, Role
+from diffquant.sources import Checkpoint
 from diffquant.tensors import Weights
 
 Base = Callable[[str], Tensor | None]
@@ -85,6 +89,14 @@ def settle(plan: Plan, base: Base | None = None) -> Plan:
         verdict = _decided(settled, questions, weights, base)
         settled = _answered(settled, questions, verdict)
     return replace(settled, open=())
+
+
+def of_checkpoint(base: Checkpoint | None, config: Mapping[str, Any]) -> Base | None:
+    """The dense weights of a base component to judge by; None where it has none, or quantized ones."""
+    if base is None or not base.files:
+        return None
+    header = headers.read(base.files)
+    return None if trace(header) else of_plan(planner.plan(base, header, config=config))
 
 
 def of_plan(plan: Plan) -> Base:

@@ -246,7 +246,7 @@ def _write_one(stream: BinaryIO, declared: Declared) -> None:
             f"{made.dtype} {list(made.shape)}"
         )
     flat = made.cpu().contiguous().reshape(-1)
-    stream.write(memoryview(flat.view(DTYPES["U8"]).numpy()))
+    stream.write(flat.view(DTYPES["U8"]).numpy().data)
 
 
 # the directory ---------------------------------------------------------------------------------------

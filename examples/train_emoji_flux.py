@@ -1,6 +1,6 @@
 """Train the bundled emoji model: a small, real FLUX pipeline that draws emoji from their names.
 
-    python examples/train_emoji_flux.py --output DIR             about 45 minutes on two cores
+    python examples/train_emoji_flux.py --output DIR             about 50 minutes on two cores
     python examples/train_emoji_flux.py --output DIR --resume    go on after an interruption
     python examples/train_emoji_flux.py --evaluate DIR           the share recognised
     python examples/train_emoji_flux.py --output DIR --smoke     the whole path, tiny, in seconds
@@ -1257,7 +1257,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--contact-sheet", type=Path, metavar="FILE", help="draw 24 prompts as PNG")
     parser.add_argument("--vae-minutes", type=float, default=7.0, metavar="MIN")
     parser.add_argument("--sweep-minutes", type=float, default=6.0, metavar="MIN")
-    parser.add_argument("--transformer-minutes", type=float, default=27.0, metavar="MIN")
+    parser.add_argument("--transformer-minutes", type=float, default=35.0, metavar="MIN")
     parser.add_argument("--polish-minutes", type=float, default=0.0, metavar="MIN")
     parser.add_argument("--steps", type=int, metavar="N", help="sampling steps when judging")
     parser.add_argument("--true-cfg-scale", type=float, default=1.0, metavar="X")

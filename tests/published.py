@@ -279,7 +279,11 @@ def _quantized(
 ) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
     for name, shape in shapes.items():
         stem = name.removesuffix(".weight")
-        if not name.endswith(".weight") or stem not in linears or _is_kept(published, stem, linears):
+        if (
+            not name.endswith(".weight")
+            or stem not in linears
+            or _is_kept(published, stem, linears)
+        ):
             yield name, ("BF16", shape)
             continue
         yield from _layer(published, stem, shape)
@@ -299,7 +303,9 @@ def _spread(patterns: tuple[str, ...], linears: frozenset[str]) -> Iterator[str]
         start, _, rest = tail.partition(":")
         stop, _, leaf = rest.partition("]")
         numbers = {int(n[len(head) :].split(".")[0]) for n in linears if n.startswith(head)}
-        for number in sorted(numbers)[slice(int(start) if start else None, int(stop) if stop else None)]:
+        for number in sorted(numbers)[
+            slice(int(start) if start else None, int(stop) if stop else None)
+        ]:
             yield f"{head}{number}{leaf}"
 
 

@@ -21,11 +21,11 @@ def run(arguments: Sequence[str]) -> int:
     import click
 
     from diffquant.cli import _talk
-    from diffquant.cli._discovered import SUBCOMMANDS, Discovered
+    from diffquant.cli._discovered import commands
     from diffquant.errors import DiffquantError
 
     words = [word for word in arguments if word != DEBUG]
-    group = Discovered(SUBCOMMANDS, name="diffquant", help=_HELP, epilog=_EPILOG)
+    group = commands(_HELP, _EPILOG)
     try:
         code = group.main(words, prog_name="diffquant", standalone_mode=False)
     except (DiffquantError, click.ClickException, OSError) as error:

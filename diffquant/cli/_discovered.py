@@ -12,12 +12,28 @@ from diffquant.plugins import Registry
 SUBCOMMANDS: Registry[click.Command] = Registry("diffquant.cli", "COMMAND")
 
 
+def commands(help: str, epilog: str) -> "Discovered":
+    """`diffquant` itself."""
+    group = Discovered(
+        SUBCOMMANDS,
+        name="diffquant",
+        help=help,
+        epilog=epilog,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    return click.version_option(package_name="diffquant")(group)
+
+
 class Discovered(click.Group):
     """Imports only the one module whose command runs; `--help` imports them all."""
 
     def __init__(self, registry: Registry[click.Command], **settings: Any) -> None:
         super().__init__(**settings)
         self.registry = registry
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # A command line without a word is a question about what there is.
+        return super().parse_args(ctx, args or ["--help"])
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [name.replace("_", "-") for name in self.registry.names()]

@@ -8,7 +8,9 @@ import click
 
 from diffquant.cli._arguments import Prepared
 from diffquant.errors import UsageError
-from diffquant.loading import DTYPES, RunFlags
+from diffquant.kernels import KERNELS
+from diffquant.loading import DTYPES, DryRun, RunFlags
+from diffquant.loading import dry_run as load_dry_run
 from diffquant.resolve import ModelFlags
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -24,6 +26,12 @@ def _patterns(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 def _at_least_one(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
     if value is not None and value < 1:
         raise UsageError(f"{param.opts[0]} {value} is too small", hint=f"{param.opts[0]} 1")
+    return value
+
+
+def _known_kernel(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None:
+        KERNELS.load(value)
     return value
 
 
@@ -76,7 +84,12 @@ RUN = (
         type=click.Choice(["auto", "faithful", "weight-only"]),
         help="Quantize activations where hardware can, as the file asks, or never. [auto]",
     ),
-    click.option("--kernel", metavar="NAME", help="Run encoded layers through this kernel only."),
+    click.option(
+        "--kernel",
+        metavar="NAME",
+        callback=_known_kernel,
+        help="Run encoded layers through this kernel only: see `diffquant formats`.",
+    ),
     click.option("--strict", is_flag=True, help="Fail where no native kernel runs."),
 )
 PICTURE = (
@@ -124,6 +137,20 @@ def model_flags(values: Mapping[str, Any], prepared: Prepared) -> ModelFlags:
 
 def run_flags(values: Mapping[str, Any], prepared: Prepared) -> RunFlags:
     return RunFlags(**given(RunFlags, values), pinned=pinned(prepared.record))
+
+
+def dry_run(model: ModelFlags, run: RunFlags) -> DryRun:
+    """Everything that is decided without torch. Raises UsageError where --quantization was typed and
+    the plan does not do it: quantizing while loading is not built yet."""
+    dry = load_dry_run(model, run)
+    for name, source in dry.resolution.components.items():
+        pieces = (piece for layer in dry.plans[name].layers for piece in layer.pieces)
+        if source.quantization and not any(piece.recode for piece in pieces):
+            raise UsageError(
+                f"--quantization {source.quantization}: quantizing while loading is not built yet",
+                hint="leave --quantization out, or name weights that are quantized already",
+            )
+    return dry
 
 
 def pinned(record: Mapping[str, Any]) -> dict[str, dict[str, str]]:

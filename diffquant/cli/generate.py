@@ -52,10 +52,16 @@ def COMMAND(
     model = _options.model_flags(values, prepared)
     run = _options.run_flags(values, prepared)
     # Everything that can be refused without torch is refused before the seconds torch needs.
-    dry = loading.dry_run(model, run)
+    dry = _options.dry_run(model, run)
+    if not dry.device.present:
+        raise UsageError(
+            f"there is no {dry.device.name} here to draw on",
+            hint=f"diffquant plan --device {dry.device.name} says what would happen there",
+        )
     _tell_notes(dry, prepared)
     result = _drawn(dry, model, values)
     paths = _saved(result, Path(output_path), output_file_name)
+    _tell_size(values, result)
     _talk.say(f"drawn in {result.seconds:.1f} s, saved as")
     told = json.dumps(_told(result, paths), indent=2) if as_json else "\n".join(map(str, paths))
     click.echo(told)
@@ -98,6 +104,16 @@ def _drawn(dry: loading.DryRun, model: ModelFlags, values: Mapping[str, Any]) ->
         bars.reset(task, description="drawing", total=request.num_inference_steps)
         result = running.generate(pipeline, request, on_step)
     return running.recorded(result, flags=_flags(model, dry.run), report=report.to_json())
+
+
+def _tell_size(values: Mapping[str, Any], result: "Result") -> None:
+    """Pipelines round sizes to what their autoencoder can draw."""
+    drawn = result.request
+    asked = (values["width"] or drawn.width, values["height"] or drawn.height)
+    if asked != (drawn.width, drawn.height):
+        _talk.note(
+            f"{asked[0]}x{asked[1]} was asked for, the pipeline drew {drawn.width}x{drawn.height}"
+        )
 
 
 def _flags(model: ModelFlags, run: loading.RunFlags) -> dict[str, Any]:

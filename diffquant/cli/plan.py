@@ -33,7 +33,7 @@ def COMMAND(prepared: Prepared, /, as_json: bool, **values: Any) -> None:
     for text in prepared.notes:
         _talk.note(text)
     model = _options.model_flags(values, prepared)
-    dry = loading.dry_run(model, _options.run_flags(values, prepared))
+    dry = _options.dry_run(model, _options.run_flags(values, prepared))
     peaks = forecast.forecast(dry.plans, dry.resolution.pipeline, dry.device)
     command = _command(prepared, values)
     if as_json:
@@ -44,7 +44,7 @@ def COMMAND(prepared: Prepared, /, as_json: bool, **values: Any) -> None:
 
 def _told(dry: loading.DryRun, peaks: forecast.Forecast, command: str) -> Iterator[str]:
     rules = ((f"rule {fired.rule}", fired.sentence) for fired in dry.resolution.fired)
-    yield _talk.facts([*rules, ("device", f"{dry.device.name} ({dry.device.arch})")])
+    yield _talk.facts([*rules, ("device", _device(dry))])
     for name, plan in dry.plans.items():
         choices = {choice.path: choice for choice in dry.choices[name]}
         yield "\n".join([f"{name}: {loading.tally(plan, dry.choices[name])}", *_notes(plan)])
@@ -54,6 +54,11 @@ def _told(dry: loading.DryRun, peaks: forecast.Forecast, command: str) -> Iterat
             yield "\n".join(["refused:", _talk.table(refusals)])
     yield "\n".join(["peaks, without activations:", _talk.table(_peaks(peaks))])
     yield command
+
+
+def _device(dry: loading.DryRun) -> str:
+    name, arch = dry.device.name, dry.device.arch
+    return name if name == arch else f"{name} ({arch})"
 
 
 def _encoded(choice: Choice) -> tuple[str, str]:

@@ -32,7 +32,9 @@ from diffquant.headers import Header, Tensor
 from diffquant.plan import ROW_MAJOR, Activation, Encoding, Layout, Role
 from diffquant.sources import Checkpoint
 
-FUSED = re.compile(r"^(double_blocks\.\d+\.(img|txt)_attn\.qkv|single_blocks\.\d+\.linear1)\.weight$")
+FUSED = re.compile(
+    r"^(double_blocks\.\d+\.(img|txt)_attn\.qkv|single_blocks\.\d+\.linear1)\.weight$"
+)
 NVFP4 = "nvfp4"
 ROWWISE = "rowwise-float8_e4m3fn"
 PLAIN = "bf16"

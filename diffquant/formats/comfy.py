@@ -316,7 +316,7 @@ def _marker(options: Mapping[str, Any], where: str, name: str) -> Marker:
 
 
 def _global_markers(header: Header) -> Iterator[tuple[str, Marker]]:
-    stated = header.metadata.get(GLOBAL)
+    stated = header.metadata.get(GLOBAL, "")
     if stated not in KINDS:
         return
     for tensor in _narrow(header):
@@ -366,7 +366,7 @@ def _kind(name: str, marker: Marker) -> Kind:
             f"{name!r} is a stack of {marker.option('num_experts')} experts, which is not read",
             hint="diffquant runs diffusion transformers without expert layers",
         )
-    kind = (KINDS | OLD_KINDS).get(marker.format)
+    kind = KINDS.get(marker.format) or OLD_KINDS.get(marker.format)
     if kind is None:
         raise FormatError(
             f"{name!r} is {marker.format!r} in {marker.where}, a format that is not known",

@@ -78,9 +78,7 @@ def _weights(header: Header) -> Iterator[Tensor]:
             yield tensor
 
 
-def _layer(
-    weight: Tensor, header: Header, block: Mapping[str, Any], where: str
-) -> StoredLayer:
+def _layer(weight: Tensor, header: Header, block: Mapping[str, Any], where: str) -> StoredLayer:
     name = weight.name.removesuffix(".weight")
     rows, columns = weight.shape
     cell = tuple(block.get("weight_block_size") or BLOCK)

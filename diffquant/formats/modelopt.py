@@ -26,7 +26,7 @@ Source: running the exporter; what is read from its releases is said where it ma
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -39,6 +39,7 @@ from diffquant.formats import (
     StoredLayer,
     StoredPart,
 )
+from diffquant.formats._scales import scale_role
 from diffquant.headers import Header, Tensor
 from diffquant.plan import DENSE, ROW_MAJOR, Activation, Encoding, Layout, Role
 from diffquant.sources import Checkpoint
@@ -72,6 +73,7 @@ class Declaration:
     per_layer   MIXED_PRECISION: layer -> algorithm
     ignore      patterns: a trailing * is a raw prefix
     where       the file and key it was read from
+    swapped     SGLang's converter marks packed weights whose even column is in the high nibble
     """
 
     algorithm: str | None
@@ -81,6 +83,7 @@ class Declaration:
     producer: str | None = None
     kv_cache: bool = False
     weight_only: bool = False
+    swapped: bool = False
 
     def of(self, layer: str) -> str | None:
         return self.per_layer.get(layer, self.algorithm)
@@ -105,6 +108,8 @@ def _evidence(checkpoint: Checkpoint, header: Header) -> str | None:
 def _read(checkpoint: Checkpoint, header: Header, hints: Hints) -> Reading:
     declaration = declared(checkpoint, header)
     assert declaration is not None, "read is called only where evidence was found"
+    if declaration.swapped and hints.nibbles is None:
+        hints = replace(hints, nibbles="high")
     layers = tuple(
         _layer(name, header, declaration, hints) for name in _layer_names(header)
     )
@@ -172,6 +177,7 @@ def _declaration(where: str, block: Mapping[str, Any]) -> Declaration:
         ignore=tuple(block.get("ignore") or ()),
         producer=producer.get("version") if isinstance(producer, Mapping) else None,
         kv_cache=bool(block.get("kv_cache_scheme")),
+        swapped=bool(block.get("swap_weight_nibbles")),
         weight_only=bool(groups) and all("input_activations" not in group for group in groups),
     )
 
@@ -228,7 +234,7 @@ def _numbers(name: str, weight: Tensor, scale: Tensor | None, hints: Hints) -> N
         return Encoding("mxfp8"), (rows, columns), parts
     number = {"I8": Encoding("int8"), "F8_E5M2": Encoding("fp8", (("kind", "e5m2"),))}
     encoding = number.get(weight.dtype, Encoding("fp8"))
-    return encoding, (rows, columns), (plain, StoredPart(_scale_role(scale, rows), scale.name))
+    return encoding, (rows, columns), (plain, StoredPart(scale_role(scale, rows), scale.name))
 
 
 def _unscaled(weight: Tensor) -> Encoding:
@@ -267,13 +273,6 @@ def is_tiled(stored: tuple[int, ...], linear: tuple[int, int]) -> bool:
 
 def _codes_layout(hints: Hints) -> Layout:
     return Layout("row_major", (("nibbles", "high"),)) if hints.nibbles == "high" else ROW_MAJOR
-
-
-def _scale_role(scale: Tensor, rows: int) -> Role:
-    if prod(scale.shape) == 1:
-        return Role.TENSOR_SCALE
-    flat = len(scale.shape) == 1 or scale.shape == (rows, 1)
-    return Role.CHANNEL_SCALE if flat else Role.BLOCK_SCALE
 
 
 def _activation(

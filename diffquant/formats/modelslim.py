@@ -79,9 +79,7 @@ SCHEMES: Mapping[str, Scheme] = {
             "quant_bias": Role.INT_BIAS,
             "deq_scale": Role.OUTPUT_SCALE,
         },
-        activation=Activation(
-            number="int8", granularity="tensor", mode="static", symmetric=False
-        ),
+        activation=Activation(number="int8", granularity="tensor", mode="static", symmetric=False),
     ),
     "W8A8_DYNAMIC": Scheme(
         encoding=Encoding("int8"),
@@ -154,7 +152,8 @@ def _read(checkpoint: Checkpoint, header: Header, hints: Hints) -> Reading:
     assert found is not None, "read is called only where evidence was found"
     where, types = found
     _require_described(header, types, where)
-    layers, unused = [], {}
+    layers: list[StoredLayer] = []
+    unused: dict[str, str] = {}
     for name, stated in types.items():
         weight = header.tensors.get(name)
         if weight is None:

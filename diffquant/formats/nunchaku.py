@@ -71,6 +71,11 @@ def _read(checkpoint: Checkpoint, header: Header, hints: Hints) -> Reading:
     modulation = tuple(
         awq_layer(name, header, where, modulation=True) for name in awq_names(header)
     )
+    if not quantized + modulation:
+        raise FormatError(
+            "the header says Nunchaku, and no layer has qweight and wscales",
+            hint="is a shard missing? the older form has two files in one folder",
+        )
     _confirm(quantized, header, declared, hints)
     proved = told is not None or bool(modulation)
     return Reading(
@@ -109,11 +114,6 @@ def _confirm(
     layers: tuple[StoredLayer, ...], header: Header, declared: Mapping[str, Any], hints: Hints
 ) -> None:
     """Holds what the metadata, the file's name and a person say against the tensors."""
-    if not layers:
-        raise FormatError(
-            "the header says Nunchaku, and no layer has qweight and wscales",
-            hint="is a shard missing? the older form has two files in one folder",
-        )
     weight = declared.get("weight")
     dtype = weight.get("dtype") if isinstance(weight, Mapping) else None
     if dtype is not None and dtype not in DECLARED:

@@ -1,6 +1,9 @@
 """Growing tensors to whole tiles and cutting them back."""
 
+from operator import lt
 from typing import TYPE_CHECKING
+
+from diffquant.errors import PlanError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -12,9 +15,14 @@ def up(count: int, multiple: int) -> int:
 
 
 def cropped(tensor: "Tensor", shape: tuple[int, ...]) -> "Tensor":
-    """The leading part of every axis, contiguous; the tensor itself when nothing lies beyond."""
+    """The leading part of every axis, contiguous; the tensor itself when nothing lies beyond.
+
+    Raises PlanError when an axis is too short.
+    """
     if tuple(tensor.shape) == tuple(shape):
         return tensor
+    if tensor.ndim != len(shape) or any(map(lt, tensor.shape, shape)):
+        raise PlanError(f"a tensor of {list(tensor.shape)} holds no {list(shape)}")
     return tensor[tuple(slice(length) for length in shape)].contiguous()
 
 

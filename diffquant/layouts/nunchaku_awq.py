@@ -12,7 +12,7 @@ Source: Nunchaku's AWQ packer, checked bit for bit in both directions.
 from typing import TYPE_CHECKING
 
 from diffquant.errors import PlanError
-from diffquant.layouts import Order
+from diffquant.layouts import Order, row_major
 from diffquant.layouts._digits import Digits
 from diffquant.layouts._nibbles import as_bytes, joined, split
 from diffquant.layouts._padding import cropped
@@ -32,7 +32,7 @@ def undo(stored: "Tensor", role: Role, shape: tuple[int, ...], options: Options)
         return joined(digits(shape).undo(nibbles, shape)).contiguous()
     if len(shape) == 2:
         return cropped(stored.t().contiguous(), shape)
-    return stored.reshape(shape)
+    return row_major.undo(stored, role, shape, options)
 
 
 def redo(canonical: "Tensor", role: Role, shape: tuple[int, ...], options: Options) -> "Tensor":

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 def undo(stored: "Tensor", role: Role, shape: tuple[int, ...], options: Options) -> "Tensor":
-    """Columns paired, uint8 [N, K / 2]. Raises PlanError when rows or columns cannot be paired."""
+    """Columns paired, uint8 [N, K / 2].
+
+    Raises PlanError when rows or columns cannot be paired, or the tensor holds no codes.
+    """
+    _require_codes(role)
     rows, columns = shape
     if tuple(stored.shape) != (rows // 2, columns) or rows % 2 or columns % 2:
         raise PlanError(
@@ -28,7 +32,13 @@ def undo(stored: "Tensor", role: Role, shape: tuple[int, ...], options: Options)
 
 def redo(canonical: "Tensor", role: Role, shape: tuple[int, ...], options: Options) -> "Tensor":
     """Rows paired, uint8 [N / 2, K]."""
+    _require_codes(role)
     return joined(split(canonical).t()).t().contiguous()
+
+
+def _require_codes(role: Role) -> None:
+    if role is not Role.CODES:
+        raise PlanError(f"{role} has no rows to pair, only 4-bit codes do")
 
 
 LAYOUT = Order(undo=undo, redo=redo)

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 
 def undo(stored: "Tensor", role: Role, shape: tuple[int, ...], options: Options) -> "Tensor":
-    """Row-major [rows, columns] without padding. Raises PlanError when they do not fit in."""
+    """Row-major [rows, columns] without padding.
+
+    Raises PlanError when they do not fit in, or the tensor is no block scale.
+    """
+    _require_block_scale(role)
     rows = up(shape[0], 128)
     if stored.ndim == 2 and stored.shape[0] % 128 == 0:
         rows = stored.shape[0]
@@ -38,6 +42,7 @@ def undo(stored: "Tensor", role: Role, shape: tuple[int, ...], options: Options)
 
 def redo(canonical: "Tensor", role: Role, shape: tuple[int, ...], options: Options) -> "Tensor":
     """Tiles in the padded two-dimensional shape, padded with zeros."""
+    _require_block_scale(role)
     whole = (up(shape[0], 128), up(shape[1], 4))
     return digits(*whole).redo(padded(canonical, whole), whole)
 
@@ -45,6 +50,11 @@ def redo(canonical: "Tensor", role: Role, shape: tuple[int, ...], options: Optio
 def digits(rows: int, columns: int) -> Digits:
     """Stored: row tile, column tile, row of 32, quarter, column. Rows: tile, quarter, row."""
     return Digits((rows // 128, columns // 4, 32, 4, 4), (0, 3, 2, 1, 4))
+
+
+def _require_block_scale(role: Role) -> None:
+    if role is not Role.BLOCK_SCALE:
+        raise PlanError(f"{role} does not come in 128 x 4 tiles, only block scales do")
 
 
 LAYOUT = Order(undo=undo, redo=redo)

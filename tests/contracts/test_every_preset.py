@@ -9,7 +9,10 @@ import pytest
 from diffquant import preset
 from diffquant.families import FAMILIES
 
+#: Families with presets and no description yet: their rules can be read, not tried.
+UNDESCRIBED = frozenset({"ltx2"})
 PRESETS = {name: preset.load(name) for name in preset.names()}
+TRIED = [name for name, read in PRESETS.items() if read.keep and read.family not in UNDESCRIBED]
 
 
 def default_config(class_name: str) -> dict[str, Any]:
@@ -23,13 +26,13 @@ def default_config(class_name: str) -> dict[str, Any]:
 def test_it_says_something_about_a_known_family(name: str) -> None:
     read = PRESETS[name]
     assert name.startswith(f"{read.family}-")
-    assert read.family in FAMILIES.names()
+    assert (read.family in UNDESCRIBED) != (read.family in FAMILIES.names())
     assert bool(read.keep) == bool(read.algorithms), "rules are for algorithms"
     assert bool(read.defaults) == bool(read.models), "defaults are for models"
     assert read.keep or read.defaults
 
 
-@pytest.mark.parametrize("name", [name for name, read in PRESETS.items() if read.keep])
+@pytest.mark.parametrize("name", TRIED)
 def test_every_rule_keeps_a_layer_of_its_family_and_leaves_most(name: str) -> None:
     family = FAMILIES.load(PRESETS[name].family)
     linears = sorted(family.inventory(default_config(family.class_names[0])).linears)

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.published import PUBLISHED, Published, checkpoint, module_config, summary
 
 from diffquant import headers, planner
+from tests.published import PUBLISHED, Published, checkpoint, module_config, summary
 
 GOLDEN = Path(__file__).parent
 

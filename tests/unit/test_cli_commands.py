@@ -12,6 +12,17 @@ from diffquant.cli import run
 from diffquant.cli._discovered import SUBCOMMANDS
 
 FP8 = Path(__file__).parents[1] / "data" / "modelopt" / "flux" / "fp8"
+GENERATE_OPTIONS = """
+--prompt --negative-prompt --width --height --num-inference-steps --guidance-scale --true-cfg-scale
+--seed --num-images-per-prompt --max-sequence-length
+--output-path --output-file-name
+--model-path --transformer-path --transformer-weights-path --model-id --revision --local-files-only
+--quantization --quantization-ignored-layers --enable-svdquant --quantization-precision
+--quantization-rank --nvfp4-nibbles --scale-layout --raw-fp8
+--device --dtype --numerics --kernel --strict
+--config --config-from-metadata
+--json
+"""
 HEAVY = {"torch", "numpy", "diffusers", "transformers", "huggingface_hub"}
 
 
@@ -34,6 +45,26 @@ def test_help_names_every_command_and_succeeds(capsys: pytest.CaptureFixture[str
     assert "diffquant generate --prompt" in told
 
 
+@pytest.mark.parametrize("words", [[], ["-h"], ["convert"]])
+def test_a_person_who_says_nothing_gets_help(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(words) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("Usage: diffquant")
+    assert err == ""
+
+
+def test_no_option_of_generate_appears_or_vanishes_by_accident() -> None:
+    options = [option for param in SUBCOMMANDS.load("generate").params for option in param.opts]
+    assert options == GENERATE_OPTIONS.split()
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("diffquant, version ")
+
+
 @pytest.mark.parametrize("name", SUBCOMMANDS.names())
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([name, "--help"]) == 0
@@ -49,6 +80,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         (["generate"], "there is no prompt", "--prompt 'red apple'"),
         (["generate", "--width", "0"], "--width 0 is too small", "--width 1"),
         (["generate", "--numerics", "best"], "'best' is not one of", "generate --help"),
+        (["plan", "--kernel", "cpu_fp9"], "no kernel is called 'cpu_fp9'", "cpu_fp8"),
         (["generate", "--num-gpus", "2"], "diffquant runs on one device", "leave --num-gpus out"),
         (["inspect"], "missing argument 'SOURCE'", "inspect --help"),
         (["convert", "nothing"], "there is no command 'nothing'", "one of"),
@@ -161,6 +193,19 @@ def test_plan_refuses_a_component_the_pipeline_does_not_have(
 ) -> None:
     assert run(["plan", "--model-path", str(base), "--vae-path", "x"]) == 2
     assert "--vae-path names a component 'vae'" in capsys.readouterr().err
+
+
+def test_a_quantization_that_nothing_does_is_refused(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}
+    header = json.dumps({"proj_out.weight": dense}).encode()
+    (base / "transformer" / "config.json").write_text('{"_class_name": "Tiny"}')
+    (base / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + bytes(8)
+    )
+    assert run(["plan", "--model-path", str(base), "--quantization", "fp8"]) == 2
+    assert "quantizing while loading is not built yet" in capsys.readouterr().err
 
 
 def test_foreign_words_are_answered_on_stderr(

@@ -193,3 +193,9 @@ def test_a_picture_without_a_record_says_so(tmp_path: Path) -> None:
         read_metadata(tmp_path / "text.png")
     with pytest.raises(UsageError, match="there is no file"):
         read_metadata(tmp_path / "missing.png")
+
+
+def test_what_diffusers_refuses_is_wrong_usage_not_a_crash(pipeline: Any) -> None:
+    request = fill(Request(**{**SMALL.typed, "max_sequence_length": 600}), pipeline, {})
+    with pytest.raises(UsageError, match="FluxPipeline refuses: .*max_sequence_length"):
+        generate(pipeline, request)
