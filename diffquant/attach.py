@@ -18,7 +18,7 @@ def attach(
     from diffusers import DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(
-        root, torch_dtype=dtype, local_files_only=True, **modules
+        root, dtype=dtype, local_files_only=True, **modules
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

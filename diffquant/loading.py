@@ -22,6 +22,8 @@ from diffquant.sources import Checkpoint
 if TYPE_CHECKING:
     from torch import nn
 
+    from diffquant.fidelity import LayerFidelity
+
 #: component, layers done, layers in all
 Progress = Callable[[str, int, int], None]
 DTYPES = {
@@ -102,18 +104,23 @@ class Report:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """What headers tell about one checkpoint; `problems` is empty when the audit passes."""
+    """What headers tell about one checkpoint; `problems` is empty when the audit passes.
+
+    fidelity  its layers held against a base, the worst first; None where no base was given
+    """
 
     checkpoint: Checkpoint
     plan: Plan
     problems: tuple[Problem, ...]
+    fidelity: "tuple[LayerFidelity, ...] | None" = None
 
     @property
     def ok(self) -> bool:
         return not self.problems
 
     def to_json(self) -> dict[str, Any]:
-        """Stable keys: format, family, evidence, files, notes, layers[], audit."""
+        """Stable keys: format, family, evidence, files, notes, layers[], audit, fidelity[]."""
+        compared = {} if self.fidelity is None else {"fidelity": _fidelity_json(self.fidelity)}
         return {
             "format": self.plan.format,
             "family": self.plan.family,
@@ -131,6 +138,7 @@ class Inspection:
                     {"tensor": problem.tensor, "what": problem.what} for problem in self.problems
                 ],
             },
+            **compared,
         }
 
 
@@ -226,16 +234,53 @@ def report(pipeline: Any) -> Report:
     return found
 
 
-def inspect(source: str, *, deep: bool = False, hints: Hints = NO_HINTS, **where: Any) -> Inspection:
+def inspect(
+    source: str,
+    *,
+    deep: bool = False,
+    base: str | None = None,
+    hints: Hints = NO_HINTS,
+    on_layer: Callable[[int, int], None] | None = None,
+    **where: Any,
+) -> Inspection:
     """Format, plan and audit of one checkpoint, from headers; `deep` reads weights too.
 
-    where  revision, local_files_only, subfolder: as `sources.checkpoint` takes them
+    base      the model it was quantized from: its layers are decoded and held against the base's,
+              and its config describes a file that comes without one
+    on_layer  called with (layers compared, layers in all)
+    where     revision, local_files_only, subfolder: as `sources.checkpoint` takes them
     """
     checkpoint = sources.checkpoint(source, **where)
+    original = None if base is None else sources.checkpoint(base)
     header = headers.read(checkpoint.files)
-    drawn = planner.draft(checkpoint, header, config=checkpoint.config, hints=hints)
+    config = described_by(checkpoint, original)
+    drawn = planner.draft(checkpoint, header, config=config, hints=hints)
     problems = drawn.problems + audit.audit(drawn.plan, header, deep=deep and not drawn.problems)
-    return Inspection(checkpoint=checkpoint, plan=drawn.plan, problems=problems)
+    if original is None or problems:
+        return Inspection(checkpoint=checkpoint, plan=drawn.plan, problems=problems)
+    plan, fidelity = _compared(drawn.plan, original, config, on_layer)
+    return Inspection(checkpoint=checkpoint, plan=plan, problems=(), fidelity=fidelity)
+
+
+def described_by(checkpoint: Checkpoint, base: Checkpoint | None) -> Mapping[str, Any]:
+    """The config of the module: the checkpoint's own, else that of its base."""
+    if base is None or "_class_name" in checkpoint.config:
+        return checkpoint.config
+    return base.config
+
+
+def _compared(
+    plan: Plan,
+    base: Checkpoint,
+    config: Mapping[str, Any],
+    on_layer: Callable[[int, int], None] | None,
+) -> "tuple[Plan, tuple[LayerFidelity, ...]]":
+    """The settled plan and its layers against those of the base."""
+    from diffquant import fidelity, settle
+
+    base_plan = planner.plan(base, headers.read(base.files), config=base.config or config)
+    settled = settle.settle(plan, settle.of_plan(base_plan))
+    return settled, fidelity.compare_plans(settled, base_plan, on_layer)
 
 
 def tally(plan: Plan, choices: tuple[Choice, ...]) -> str:
@@ -279,6 +324,10 @@ def _dtype(name: str) -> Any:
     if name not in DTYPES:
         raise UsageError(f"unknown dtype {name!r}", hint=f"one of: {', '.join(DTYPES)}")
     return getattr(torch, DTYPES[name])
+
+
+def _fidelity_json(layers: "tuple[LayerFidelity, ...]") -> list[dict[str, Any]]:
+    return [layer.to_json() for layer in layers]
 
 
 def _layer_json(layer: LayerPlan) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,8 +12,15 @@ from diffquant.cli import _layers, _options, _talk
 from diffquant.formats import Hints
 from diffquant.plan import LayerPlan
 
+if TYPE_CHECKING:
+    from diffquant.fidelity import LayerFidelity
+
 PROBLEMS_TOLD = 20
+#: Of a comparison with the base: outliers are all told, and at least this many layers.
+WORST_TOLD = 10
+FACTOR = 3.0
 HEADINGS = ("layer", "N x K", "weight", "activation", "why")
+FIDELITY = ("layer", "weight", "error", "SQNR", "largest", "x median", "suspicion")
 
 
 @click.command(short_help="Say what a checkpoint is, from its headers.")
@@ -27,6 +36,13 @@ HEADINGS = ("layer", "N x K", "weight", "activation", "why")
 )
 @click.option("--raw-fp8", is_flag=True, help="Accept float8 weights without any scale.")
 @click.option("--deep", is_flag=True, help="Read the weights too: finite values, sane scales.")
+@click.option("--base", metavar="SOURCE", help="The model it was quantized from: compare weights.")
+@click.option(
+    "--outlier-factor",
+    default=FACTOR,
+    show_default=True,
+    help="With --base: a layer's error over the median of its encoding that fails.",
+)
 @_options.JSON
 def COMMAND(
     source: str,
@@ -37,24 +53,62 @@ def COMMAND(
     scale_layout: str | None,
     raw_fp8: bool,
     deep: bool,
+    base: str | None,
+    outlier_factor: float,
     as_json: bool,
 ) -> int:
     """Say what SOURCE is: format and the evidence for it, family, layers, and whether it is whole.
 
     SOURCE is a file, a folder or a repository of one component. Weights are not read, except with
-    --deep. The exit code is 1 when the audit fails.
+    --deep and --base. The exit code is 1 when the audit fails, or when a layer is far from the base.
     """
     hints = Hints(nibbles=nvfp4_nibbles, scales=scale_layout, raw_fp8=raw_fp8)  # type: ignore[arg-type]
-    inspection = loading.inspect(
-        source,
-        deep=deep,
-        hints=hints,
-        subfolder=subfolder,
-        revision=revision,
-        local_files_only=local_files_only,
+    with _talk.progress() as bars:
+        task = None if base is None else bars.add_task("comparing", total=None)
+        inspection = loading.inspect(
+            source,
+            deep=deep,
+            base=base,
+            hints=hints,
+            on_layer=lambda done, total: bars.update(task or 0, completed=done, total=total),
+            subfolder=subfolder,
+            revision=revision,
+            local_files_only=local_files_only,
+        )
+    layers = inspection.fidelity or ()
+    outliers = [layer for layer in layers if layer.is_outlier(outlier_factor)]
+    if as_json:
+        click.echo(json.dumps(inspection.to_json(), indent=2))
+    else:
+        click.echo("\n\n".join([_told(inspection), *_compared(layers, outliers)]))
+    return 0 if inspection.ok and not outliers else 1
+
+
+def _compared(layers: "Sequence[LayerFidelity]", outliers: "Sequence[LayerFidelity]") -> list[str]:
+    """The worst layers against the base, outliers first, and how many there are."""
+    if not layers:
+        return []
+    rest = [layer for layer in layers if layer not in outliers]
+    rows = map(_fidelity, [*outliers, *rest[: max(0, WORST_TOLD - len(outliers))]])
+    suspected = sum(layer.suspicion is not None for layer in rest)
+    verdict = f"{_talk.count(len(outliers), 'outlier')} of {_talk.count(len(layers), 'layer')}"
+    others = f", {_talk.count(suspected, 'other suspicion')}" if suspected else ""
+    return [_talk.table([FIDELITY, *rows]), _talk.facts([("base", verdict + others)])]
+
+
+def _fidelity(layer: "LayerFidelity") -> tuple[str, ...]:
+    figures, suspicion = layer.fidelity, layer.suspicion or ""
+    if figures is None:
+        return layer.path, layer.encoding, "", "", "", "", suspicion
+    return (
+        layer.path,
+        layer.encoding,
+        f"{figures.relative_error:.4f}",
+        f"{figures.sqnr_db:.1f} dB",
+        f"{figures.max_error:.3g}",
+        f"{layer.factor:.2f}",
+        suspicion,
     )
-    click.echo(json.dumps(inspection.to_json(), indent=2) if as_json else _told(inspection))
-    return 0 if inspection.ok else 1
 
 
 def _told(inspection: loading.Inspection) -> str:

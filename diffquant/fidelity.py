@@ -1,0 +1,283 @@
+"""How well decoded weights keep the ones they were made from: one implementation for everybody.
+
+W the decoded weight, B the base's, both [N, K], norms over all elements:
+
+    relative_error   ‖W - B‖ / ‖B‖                 fp8 near 0.026, 4 bits near 0.1, unrelated √2
+    sqnr_db          20 · log10(‖B‖ / ‖W - B‖)     decibels; infinite where nothing was lost
+    max_error        largest |W - B|               in the weight's own unit
+    bias_error       ‖b - c‖ / ‖[B c]‖             c the base's bias, as one more column of B
+
+A layer is ranked by its factor: its error over the median of all layers of its encoding. Quantizing
+one model with one recipe costs all layers about the same, so a layer that costs several times as
+much was not quantized badly, it was read or written wrongly. Factors need a majority that is right;
+`LOST` is the limit for a file in which everything is wrong alike. Biases are hardly ever quantized,
+so theirs is a limit too.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from math import hypot, inf, log10
+from os.path import commonprefix
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from torch import Tensor, zeros
+
+from diffquant.errors import PlanError
+from diffquant.pieces import dense
+from diffquant.plan import DENSE, LayerPlan, Plan
+from diffquant.tensors import Weights
+
+#: A layer's error may be this many times the median of its encoding.
+FACTOR = 3.0
+#: No encoding loses more than this part of a weight.
+LOST = 0.5
+#: What rounding and shifted inputs may cost a bias.
+BIAS = 0.05
+#: What storing a weight in bfloat16 once more may cost; errors below say nothing.
+ROUNDING = 2.0**-8
+#: Base layers a suspicious one is held against.
+STRANGERS = 64
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+#: layers done, layers in all
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fidelity:
+    """One decoded weight against its reference; see the head of this file for units."""
+
+    relative_error: float
+    sqnr_db: float
+    max_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFidelity:
+    """One layer of a comparison.
+
+    fidelity   None where one side lacks the layer
+    factor     its error over the median of its encoding
+    suspicion  what may have happened to it, None when nothing did
+    """
+
+    path: str
+    encoding: str
+    fidelity: Fidelity | None
+    bias_error: float = 0.0
+    factor: float = 1.0
+    suspicion: str | None = None
+
+    def is_outlier(self, factor: float = FACTOR) -> bool:
+        """Whether the layer is missing, lost, or worse than its like by more than `factor`."""
+        if self.fidelity is None or self.bias_error > BIAS:
+            return True
+        return self.factor > factor or self.fidelity.relative_error > LOST
+
+    def to_json(self) -> dict[str, Any]:
+        """Stable keys; figures are null where a side lacks the layer or the value is infinite."""
+        figures = self.fidelity
+        return {
+            "path": self.path,
+            "encoding": self.encoding,
+            "relative_error": None if figures is None else _finite(figures.relative_error),
+            "sqnr_db": None if figures is None else _finite(figures.sqnr_db),
+            "max_error": None if figures is None else _finite(figures.max_error),
+            "bias_error": _finite(self.bias_error),
+            "factor": _finite(self.factor),
+            "suspicion": self.suspicion,
+        }
+
+
+def layer_fidelity(reference_NK: Tensor, decoded_NK: Tensor) -> Fidelity:
+    """Figures of one weight. A value that is not finite makes every figure infinitely bad.
+
+    Raises PlanError when the shapes differ.
+    """
+    if reference_NK.shape != decoded_NK.shape:
+        raise PlanError(
+            f"a weight of shape {list(decoded_NK.shape)} is held against one of "
+            f"{list(reference_NK.shape)}",
+            hint="--base names the model that was quantized",
+        )
+    reference = reference_NK.float()
+    difference = decoded_NK.float() - reference
+    signal, noise = float(reference.norm()), float(difference.norm())
+    if not noise < inf:
+        return Fidelity(relative_error=inf, sqnr_db=-inf, max_error=inf)
+    if noise == 0.0:
+        return Fidelity(relative_error=0.0, sqnr_db=inf, max_error=0.0)
+    return Fidelity(
+        relative_error=noise / signal if signal else inf,
+        sqnr_db=20 * log10(signal / noise) if signal else -inf,
+        max_error=float(difference.abs().max()),
+    )
+
+
+def compare_plans(
+    plan: Plan, base_plan: Plan, on_layer: Progress | None = None
+) -> tuple[LayerFidelity, ...]:
+    """Every linear of both plans, the worst first; few dense layers in memory at a time.
+
+    plan  settled: with an open question its layers have no certain weight
+
+    Raises PlanError when the two are of different shapes.
+    """
+    assert not plan.open, "settle the plan first"
+    ours, base = _Side(plan), _Side(base_plan)
+    measured = [
+        _measured(layer, ours, base, done, on_layer) for done, layer in enumerate(plan.layers, 1)
+    ]
+    measured += [
+        LayerFidelity(path=path, encoding="-", fidelity=None, suspicion="missing")
+        for path in base.layers
+        if path not in ours.layers
+    ]
+    ranked = _ranked(measured)
+    plain = frozenset(_left_plain(plan))
+    return tuple(replace(each, suspicion=_suspicion(each, ours, base, plain)) for each in ranked)
+
+
+class _Side:
+    """The layers of one plan and their dense weights."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.layers: Mapping[str, LayerPlan] = {layer.path: layer for layer in plan.layers}
+        self._weights = Weights([Path(file.path) for file in plan.files])
+
+    def linear(self, path: str) -> tuple[Tensor, Tensor]:
+        """Weight [N, K] and bias [N], zeros where there is none."""
+        weight, bias = dense(self.layers[path], self._weights)
+        return weight, zeros(len(weight)) if bias is None else bias
+
+    def weight(self, path: str) -> Tensor:
+        return self.linear(path)[0]
+
+
+def _measured(
+    layer: LayerPlan, ours: _Side, base: _Side, done: int, on_layer: Progress | None
+) -> LayerFidelity:
+    found, bias_error = None, 0.0
+    if layer.path in base.layers:
+        weight, bias = ours.linear(layer.path)
+        truth, its_bias = base.linear(layer.path)
+        found = layer_fidelity(truth, weight)
+        whole = hypot(float(truth.norm()), float(its_bias.norm()))
+        bias_error = float((bias - its_bias).norm()) / whole if whole else 0.0
+    if on_layer is not None:
+        on_layer(done, len(ours.layers))
+    return LayerFidelity(
+        path=layer.path,
+        encoding="+".join(layer.encodings),
+        fidelity=found,
+        bias_error=bias_error,
+    )
+
+
+def _ranked(measured: Sequence[LayerFidelity]) -> list[LayerFidelity]:
+    """With factors, the worst first; layers that one side lacks lead."""
+    errors: dict[str, list[float]] = defaultdict(list)
+    for each in measured:
+        if each.fidelity is not None:
+            errors[each.encoding].append(each.fidelity.relative_error)
+    usual = {encoding: max(median(found), ROUNDING) for encoding, found in errors.items()}
+    ranked = (
+        replace(each, factor=each.fidelity.relative_error / usual[each.encoding])
+        if each.fidelity is not None
+        else replace(each, factor=inf)
+        for each in measured
+    )
+    return sorted(ranked, key=lambda each: -each.factor)
+
+
+# suspicions --------------------------------------------------------------------------------------
+
+
+def _suspicion(each: LayerFidelity, ours: _Side, base: _Side, plain: frozenset[str]) -> str | None:
+    """What an outlier looks like, and what was left out though its like were not."""
+    if each.path not in base.layers:
+        return "not in the base"
+    if each.fidelity is None:
+        return "missing"
+    if each.path in plain:
+        return "left unquantized"
+    if not each.is_outlier():
+        return None
+    return _exchanged(each, ours, base) or _rescaled(each, ours, base) or _biased(each)
+
+
+def _exchanged(each: LayerFidelity, ours: _Side, base: _Side) -> str | None:
+    """Another layer of the base that the weight is much nearer to than to its own."""
+    assert each.fidelity is not None
+    found = ours.weight(each.path)
+    limit = min(each.fidelity.relative_error, LOST) / 2
+    for other in islice(_strangers(each.path, base), STRANGERS):
+        error = layer_fidelity(base.weight(other), found).relative_error
+        if error < limit:
+            return f"{_told(each.path, other)} exchanged? it matches {other!r} of the base"
+    return None
+
+
+def _strangers(path: str, base: _Side) -> Iterator[str]:
+    """Layers of the same shape, those of the same block first."""
+    shape = base.layers[path].shape_NK
+    others = (
+        other for other, layer in base.layers.items() if other != path and layer.shape_NK == shape
+    )
+    return iter(sorted(others, key=lambda other: -len(commonprefix([path, other]))))
+
+
+def _told(path: str, other: str) -> str:
+    """`q and k` for siblings, else where the two lie."""
+    prefix, _, name = path.rpartition(".")
+    other_prefix, _, other_name = other.rpartition(".")
+    if prefix == other_prefix:
+        return f"{name.removeprefix('to_')} and {other_name.removeprefix('to_')}"
+    return f"{path!r} and {other!r}"
+
+
+def _rescaled(each: LayerFidelity, ours: _Side, base: _Side) -> str | None:
+    """Whether one factor per row or per column explains most of the error."""
+    assert each.fidelity is not None
+    found, truth = ours.weight(each.path), base.weight(each.path)
+    for axis, name in ((1, "rows"), (0, "columns")):
+        fitted = (found * truth).sum(axis, keepdim=True)
+        fitted = fitted / truth.square().sum(axis, keepdim=True).clamp(min=1e-30)
+        left = layer_fidelity(truth * fitted, found).relative_error
+        if left < min(each.fidelity.relative_error, LOST) / 2:
+            return f"{name} are scaled: smoothing moved into it, or a scale dropped?"
+    return "the weight is not the base's" if each.fidelity.relative_error > LOST else None
+
+
+def _biased(each: LayerFidelity) -> str | None:
+    return (
+        "the bias is not the base's: a shift or an added 1 forgotten?"
+        if each.bias_error > BIAS
+        else None
+    )
+
+
+def _left_plain(plan: Plan) -> Iterator[str]:
+    """Dense layers of a kind that is quantized in most blocks."""
+    narrow = {layer.path for layer in plan.quantized}
+    total = Counter(_kind(layer.path) for layer in plan.layers)
+    quantized = Counter(_kind(path) for path in narrow)
+    for layer in plan.layers:
+        name = _kind(layer.path)
+        if layer.path not in narrow and 2 * quantized[name] > total[name]:
+            assert layer.encodings == (DENSE.name,)
+            yield layer.path
+
+
+def _kind(path: str) -> str:
+    """The path with its block numbers blanked."""
+    return NUMBER.sub("#", path)
+
+
+def _finite(value: float) -> float | None:
+    return value if -inf < value < inf else None

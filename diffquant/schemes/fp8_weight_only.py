@@ -1,0 +1,12 @@
+"""FP8 with a scale per output channel, inputs as they are: torchao's fp8wo."""
+
+from diffquant.plan import Encoding, Role
+from diffquant.schemes import Scheme
+
+SCHEME = Scheme(
+    encoding=Encoding("fp8"),
+    granularity="channel",
+    scales=frozenset({Role.CHANNEL_SCALE}),
+    activation=None,
+    preset="fp8",
+)

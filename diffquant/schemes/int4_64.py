@@ -1,0 +1,14 @@
+"""INT4 in groups of 64, inputs as they are: what torchao calls int4wo-64."""
+
+from diffquant.plan import Encoding, Role
+from diffquant.schemes import Scheme
+
+SCHEME = Scheme(
+    encoding=Encoding("int4"),
+    granularity="group",
+    group=64,
+    multiple_of_K=64,
+    scales=frozenset({Role.BLOCK_SCALE}),
+    activation=None,
+    preset="int4",
+)
