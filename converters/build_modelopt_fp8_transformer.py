@@ -283,8 +283,8 @@ def _codes(source: Component, module: str, scale: Callable[[], Tensor]) -> Tenso
     """
     weight = source.tensor(f"{module}.weight")
     if weight.dtype == torch.float8_e4m3fn:
-        finite = weight.float().nan_to_num_(nan=0.0)
-        return finite.to(weight.dtype)
+        finite: Tensor = weight.float().nan_to_num_(nan=0.0).to(weight.dtype)
+        return finite
     values = weight if source.fresh else weight.float()
     encode = ENCODINGS.load("fp8").encode
     assert encode is not None, "fp8 can be written"

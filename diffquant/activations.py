@@ -4,7 +4,7 @@ The input is rounded to the numbers a native kernel would multiply. `s` is a sca
 token (row) or group of columns; `static` scales come from the file, `dynamic` ones from the input.
 
     number               codes                                   scale, dynamic          source
-    fp8                  e4m3(h / s)                             amax / 448              ModelOpt, vLLM
+    fp8                  e4m3(h * (448 / amax))                  amax / 448              ModelOpt
     int8                 round(h / s), -128..127                 amax / 127              ModelOpt, Ascend
     int8 asymmetric      round(h / s) + z, -128..127             (max - min) / 255       Ascend, ONNX
     int4 per token       round(h / s), -8..7                     amax / 7                Ascend
@@ -17,6 +17,10 @@ token (row) or group of columns; `static` scales come from the file, `dynamic` o
 
 The number of an activation is the canonical string of an encoding, options included. Rounding is to
 nearest even and saturates. A zero scale gives zeros.
+
+Halfway cases are common among 16-bit numbers, so the order of operations shows: ModelOpt's fp8
+multiplies by the reciprocal of amax, which a static scale gives back as 448 * s, and its nvfp4
+multiplies the two scales before the code.
 
 Nunchaku's int4 kernel makes codes with the float32 scale and stores the scale in 16 bits, so the
 product uses the rounded one; its input was 16-bit to begin with.
@@ -48,6 +52,8 @@ def quantized(x_MK: Tensor, activation: Activation, parts: Mapping[Role, Tensor]
         return _asymmetric_int8(x_MK.float(), activation, parts)
     if activation.number == "int4" and activation.granularity == "group":
         return _nunchaku_int4(x_MK, activation)
+    if activation.number == "fp8" and activation.granularity != "group":
+        return _modelopt_fp8(x_MK.float(), activation, parts)
     encoding = encoding_of(activation)
     codec = ENCODINGS.load(encoding.name)
     if codec.encode is None:
@@ -59,7 +65,7 @@ def quantized(x_MK: Tensor, activation: Activation, parts: Mapping[Role, Tensor]
         unsigned=activation.unsigned,
     )
     encoded = codec.encode(x_MK.float(), encoding, recipe)
-    return codec.decode(encoded, encoding, (x_MK.shape[0], x_MK.shape[1]))
+    return codec.decode(_joined(encoded), encoding, (x_MK.shape[0], x_MK.shape[1]))
 
 
 def encoding_of(activation: Activation) -> Encoding:
@@ -78,6 +84,26 @@ def _stored(role: Role, activation: Activation, parts: Mapping[Role, Tensor]) ->
     if role not in parts:
         raise PlanError(f"activation {activation} needs {role}, which the layer does not have")
     return parts[role].float().reshape(())
+
+
+def _joined(encoded: Mapping[Role, Tensor]) -> Mapping[Role, Tensor]:
+    """Block scale times tensor scale as one float32 block scale, where there are both."""
+    if not {Role.BLOCK_SCALE, Role.TENSOR_SCALE} <= encoded.keys():
+        return encoded
+    joined = encoded[Role.BLOCK_SCALE].float() * encoded[Role.TENSOR_SCALE]
+    one = torch.ones_like(encoded[Role.TENSOR_SCALE])
+    return {**encoded, Role.BLOCK_SCALE: joined, Role.TENSOR_SCALE: one}
+
+
+def _modelopt_fp8(x_MK: Tensor, activation: Activation, parts: Mapping[Role, Tensor]) -> Tensor:
+    """e4m3(x * (448 / amax)) over 448 / amax; amax of the tensor or of each token."""
+    cells = _cells(x_MK, activation)
+    static = _stored(Role.INPUT_SCALE, activation, parts)
+    amax = _amax(cells) if static is None else static * 448
+    # torch makes this reciprocal(amax) * 448, in ModelOpt as here; a true division is an ulp off
+    scale = torch.where(amax == 0, 0.0, 448.0 / amax)
+    codes = (cells * scale).clamp_(-448, 448).to(torch.float8_e4m3fn)
+    return (codes.float() * _over(torch.ones_like(scale), scale)).view(x_MK.shape)
 
 
 def _nunchaku_int4(x_MK: Tensor, activation: Activation) -> Tensor:

@@ -72,7 +72,7 @@ def flags() -> Mapping[str, Flag]:
 
 @cache
 def quantizations() -> Mapping[str, Quantization]:
-    """Every value that --quantization understands or refuses by name."""
+    """Values of --quantization beside the names of schemes: synonyms, formats, and what is refused."""
     return {name: Quantization(**entry) for name, entry in _table()["quantization"].items()}
 
 

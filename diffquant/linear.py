@@ -39,7 +39,7 @@ class QuantLinear(nn.Linear):
     multiply  one product per piece (a kernel's `build`)
     bias      [N] or None, already summed over the pieces
     dtype     of the model around it
-    float32   compute the whole layer in float32 and cast once at the end
+    float32   a kernel returns float32 sums: pieces and bias join them before the one rounding
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class QuantLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         rows_MK = input.reshape(-1, self.in_features)
-        if self.float32:
-            rows_MK = rows_MK.float()
-        y_MN = self._product(rows_MK)
+        smoothed = [self._smoothed(index, rows_MK) for index in range(len(self.terms))]
+        y_MN = self._product(smoothed)
         if self.bias is not None:
             y_MN = y_MN + self.bias.to(y_MN.dtype)
-        return y_MN.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
+        y_MN = self._with_lowrank(y_MN.to(input.dtype), rows_MK, smoothed)
+        return y_MN.reshape(*input.shape[:-1], self.out_features)
 
     def parts(self, index: int) -> dict[Role, Tensor]:
         """The canonical parts of piece `index`, as they lie on the device now."""
@@ -94,7 +94,7 @@ class QuantLinear(nn.Linear):
     def _hold(
         self, index: int, parts: Mapping[Role, Tensor], dtype: torch.dtype
     ) -> dict[Role, str]:
-        names = {}
+        names: dict[Role, str] = {}
         for role, part in parts.items():
             if role is Role.BIAS:
                 continue
@@ -103,26 +103,39 @@ class QuantLinear(nn.Linear):
             self.register_buffer(names[role], part.to(dtype) if following else part)
         return names
 
-    def _product(self, rows_MK: Tensor) -> Tensor:
-        first = self.terms[0]
-        if len(self.terms) == 1:
-            return self._term(0, first, rows_MK)
-        y_MN = rows_MK.new_zeros(rows_MK.shape[0], self.out_features)
-        for index, term in enumerate(self.terms):
-            y_MN[:, term.piece.out.as_slice()] += self._term(index, term, rows_MK)
+    def _smoothed(self, index: int, rows_MK: Tensor) -> Tensor:
+        """What piece `index` reads: its columns, shifted and smoothed in the model's dtype."""
+        piece = self.terms[index].piece
+        raw = self._columns(piece, rows_MK)
+        return _smoothed(raw + piece.shift if piece.shift else raw, piece, self.parts(index))
+
+    def _product(self, smoothed: Sequence[Tensor]) -> Tensor:
+        """The products of all pieces, without bias and low rank."""
+        products = [
+            term.multiply(rotated(h_MK, term.piece.rotation), self.parts(index))
+            for index, (term, h_MK) in enumerate(zip(self.terms, smoothed, strict=True))
+        ]
+        if len(products) == 1:
+            return products[0]
+        dtype = torch.float32 if self.float32 else smoothed[0].dtype
+        y_MN = smoothed[0].new_zeros(smoothed[0].shape[0], self.out_features, dtype=dtype)
+        for term, product in zip(self.terms, products, strict=True):
+            y_MN[:, term.piece.out.as_slice()] += product
         return y_MN
 
-    def _term(self, index: int, term: Term, rows_MK: Tensor) -> Tensor:
-        """One piece without its bias: smooth, rotate, multiply, add the low-rank branch."""
-        piece, parts = term.piece, self.parts(index)
-        raw = rows_MK[:, piece.cols.as_slice()] if len(self.terms) > 1 else rows_MK
-        smoothed = _smoothed(raw + piece.shift if piece.shift else raw, piece, parts)
-        y_MN = term.multiply(rotated(smoothed, piece.rotation), parts)
-        if piece.lowrank_input is None:
-            return y_MN
-        low = raw if piece.lowrank_input == "raw" else smoothed
-        down, up = (parts[role].to(low.dtype) for role in (Role.LOWRANK_DOWN, Role.LOWRANK_UP))
-        return y_MN + (low @ down.T) @ up.T
+    def _with_lowrank(self, y_MN: Tensor, rows_MK: Tensor, smoothed: Sequence[Tensor]) -> Tensor:
+        """Adds the low-rank branches, which ModelOpt computes beside the finished linear."""
+        for index, (term, h_MK) in enumerate(zip(self.terms, smoothed, strict=True)):
+            piece, parts = term.piece, self.parts(index)
+            if piece.lowrank_input is None:
+                continue
+            low = self._columns(piece, rows_MK) if piece.lowrank_input == "raw" else h_MK
+            down, up = (parts[role].to(low.dtype) for role in (Role.LOWRANK_DOWN, Role.LOWRANK_UP))
+            y_MN[:, piece.out.as_slice()] += (low @ down.T) @ up.T
+        return y_MN
+
+    def _columns(self, piece: Piece, rows_MK: Tensor) -> Tensor:
+        return rows_MK[:, piece.cols.as_slice()] if len(self.terms) > 1 else rows_MK
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
         """Moves everything, casts only what follows the model's dtype.
@@ -137,7 +150,7 @@ class QuantLinear(nn.Linear):
         }
         for name in kept:
             self._buffers[name] = None
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in kept.items():
             self._buffers[name] = buffer.to(fn(buffer.new_empty(0)).device)
         return self

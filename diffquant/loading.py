@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from diffquant import audit, device, headers, planner, resolve, sources
+from diffquant import audit, device, headers, online, planner, resolve, sources
 from diffquant.device import Device
 from diffquant.errors import UsageError
 from diffquant.formats import NO_HINTS, Hints
@@ -145,8 +145,9 @@ class Inspection:
 _REPORTS: "weakref.WeakKeyDictionary[Any, Report]" = weakref.WeakKeyDictionary()
 
 
-def dry_run(model: ModelFlags, run: RunFlags = RunFlags()) -> DryRun:  # noqa: B008 - frozen
+def dry_run(model: ModelFlags, run: RunFlags = RunFlags()) -> DryRun:
     """Resolution, plans and kernel choices, from headers alone."""
+    run = run or RunFlags()
     resolution = resolve.resolve(model)
     place = device.probe() if run.device is None else device.parse(run.device)
     plans = {name: component_plan(source) for name, source in resolution.components.items()}
@@ -155,9 +156,13 @@ def dry_run(model: ModelFlags, run: RunFlags = RunFlags()) -> DryRun:  # noqa: B
 
 
 def component_plan(source: ComponentSource) -> Plan:
-    """The plan of one component. Raises PlanError when its weights do not fit its config."""
+    """The plan of one component, quantized while loading where that was asked for.
+
+    Raises PlanError when its weights do not fit its config, and what `online.requantized` raises.
+    """
     header = headers.read(source.weights.files)
-    return planner.plan(source.weights, header, config=source.config, hints=source.hints)
+    plan = planner.plan(source.weights, header, config=source.config, hints=source.hints)
+    return plan if source.online is None else online.requantized(plan, source.online)
 
 
 def choose_all(plan: Plan, place: Device, run: RunFlags, component: str) -> tuple[Choice, ...]:
@@ -186,11 +191,9 @@ def load(
 
     from diffquant.attach import attach
 
-    dry = dry_run(model or ModelFlags(), run or RunFlags())
+    dry = dry_run(model or ModelFlags(), run)
     place, dtype = torch.device(dry.device.torch_name), _dtype(dry.run.dtype)
-    modules = {
-        name: build(dry, name, place, dtype, on_progress=on_progress) for name in dry.plans
-    }
+    modules = {name: build(dry, name, place, dtype, on_progress=on_progress) for name in dry.plans}
     pipeline = attach(dry.resolution.pipeline.root, modules, device=place, dtype=dtype)
     _REPORTS[pipeline] = Report(
         plans=dry.plans,
@@ -296,6 +299,8 @@ def tally(plan: Plan, choices: tuple[Choice, ...]) -> str:
 
 def _way(layer: LayerPlan, choice: Choice) -> str:
     names = "+".join(name for name in layer.encodings if name != DENSE.name)
+    if any(piece.recode for piece in layer.pieces):
+        names += " (online)"
     return f"{names} via {choice.kernel}{_arithmetic(layer, choice)}"
 
 
@@ -306,7 +311,9 @@ def _arithmetic(layer: LayerPlan, choice: Choice) -> str:
         return ""
     if all(spec.activation is None for spec in choice.specs):
         return " (weight-only)"
-    return " (activations emulated)" if "reference" in choice.kernels else " (activations quantized)"
+    return (
+        " (activations emulated)" if "reference" in choice.kernels else " (activations quantized)"
+    )
 
 
 def _short(dtype: str) -> str:

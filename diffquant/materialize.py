@@ -16,6 +16,7 @@ from diffquant.kernels._operator import multiplier
 from diffquant.linear import Multiply, QuantLinear
 from diffquant.pieces import bias_of, canonical
 from diffquant.plan import DENSE, LayerPlan, Piece, Plain, PlainSource, Plan, Role, Span
+from diffquant.recode import Encoder
 from diffquant.tensors import Weights
 
 Progress = Callable[[int, int], None]
@@ -38,14 +39,15 @@ def materialize(
     """
     model = skeleton(plan.config)
     weights = Weights([Path(file.path) for file in plan.files])
-    wide = _kept_float32(model)
+    wide = kept_float32(model)
     for plain in plan.plain:
-        wanted = torch.float32 if _is_kept(plain.name, wide) else dtype
-        _assign(model, plain.name, _plain(plain, weights).to(device, _cast(plain, wanted)))
+        wanted = torch.float32 if is_kept(plain.name, wide) else dtype
+        _assign(model, plain.name, plain_value(plain, weights).to(device, _cast(plain, wanted)))
+    encoder = Encoder(plan, weights)
     by_path = {choice.path: choice for choice in choices}
     for done, layer in enumerate(plan.layers, start=1):
-        wanted = torch.float32 if _is_kept(layer.path, wide) else dtype
-        _place(model, layer, by_path[layer.path], weights, device, wanted)
+        wanted = torch.float32 if is_kept(layer.path, wide) else dtype
+        _place(model, layer, by_path[layer.path], weights, encoder, device, wanted)
         if on_layer is not None:
             on_layer(done, len(plan.layers))
     _require_filled(model, plan)
@@ -75,6 +77,7 @@ def _place(
     layer: LayerPlan,
     choice: Choice,
     weights: Weights,
+    encoder: Encoder,
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
@@ -87,11 +90,12 @@ def _place(
             _assign(model, f"{layer.path}.bias", bias.to(device, dtype))
         return
     moved = [{role: part.to(device) for role, part in parts.items()} for parts in held]
+    coded = [encoder.parts(*pair) for pair in zip(layer.pieces, moved, strict=True)]
     model.set_submodule(
         layer.path,
         QuantLinear(
             layer,
-            moved,
+            coded,
             [_product(choice, index) for index in range(len(layer.pieces))],
             bias=None if bias is None else bias.to(device),
             dtype=dtype,
@@ -118,7 +122,8 @@ def _whole(layer: LayerPlan, held: Sequence[Mapping[Role, Tensor]]) -> Tensor:
     return weight
 
 
-def _plain(plain: Plain, weights: Weights) -> Tensor:
+def plain_value(plain: Plain, weights: Weights) -> Tensor:
+    """A parameter that is no linear weight, in its own shape and as stored; decoded ones as float32."""
     taken = [_source(source, weights) for source in plain.sources]
     joined = taken[0] if len(taken) == 1 else torch.cat(taken)
     return joined.reshape(plain.shape)
@@ -152,7 +157,11 @@ def _decoded(source: PlainSource, weights: Weights) -> Tensor:
 
 def _cast(plain: Plain, dtype: torch.dtype) -> torch.dtype:
     """Integer tables keep their type."""
-    return dtype if plain.dtype.startswith(("float", "bfloat", "F8")) else getattr(torch, plain.dtype, dtype)
+    return (
+        dtype
+        if plain.dtype.startswith(("float", "bfloat", "F8"))
+        else getattr(torch, plain.dtype, dtype)
+    )
 
 
 def _assign(model: nn.Module, name: str, value: Tensor) -> None:
@@ -164,11 +173,12 @@ def _assign(model: nn.Module, name: str, value: Tensor) -> None:
         owner._buffers[leaf] = value
 
 
-def _kept_float32(model: nn.Module) -> tuple[str, ...]:
+def kept_float32(model: nn.Module) -> tuple[str, ...]:
+    """Words that name the modules which the class keeps in float32."""
     return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
-def _is_kept(name: str, kept: tuple[str, ...]) -> bool:
+def is_kept(name: str, kept: tuple[str, ...]) -> bool:
     """diffusers' own reading of its list: a name is kept when a listed word is one of its segments."""
     return any(word in name.split(".") for word in kept)
 
@@ -188,5 +198,3 @@ def _unsaveable(*_: object, **__: object) -> NoReturn:
         "as random weights",
         hint="keep the original file, or `diffquant convert dequantize SOURCE OUT` for a plain copy",
     )
-
-

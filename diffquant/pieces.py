@@ -146,9 +146,12 @@ def _scale_shape(stored: Tensor, encoding: Encoding, stored_NK: tuple[int, int])
     group = ENCODINGS.load(encoding.name).group
     if group is not None:
         return (n, -(-k // int(encoding.option("block", str(group)))))
-    squeezed = tuple(size for size in stored.shape if size != 1)
     if stored.numel() % n == 0 and n in stored.shape:
         return (n, stored.numel() // n)
+    if stored.dim() == 4:
+        # ModelOpt writes blocks as [N / rows, 1, K / columns, 1], either count may be 1 as well.
+        return (stored.shape[0], stored.shape[2])
+    squeezed = tuple(size for size in stored.shape if size != 1)
     return squeezed if len(squeezed) == 2 else tuple(stored.shape)
 
 

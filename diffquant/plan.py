@@ -372,6 +372,8 @@ def _json(value: Any) -> Any:
         return {name: _json(item) for name, item in pairs if item not in (None, (), 0.0, ROW_MAJOR)}
     if isinstance(value, Mapping):
         return {str(key): _json(item) for key, item in value.items()}
+    if isinstance(value, frozenset):
+        return sorted(str(item) for item in value)
     if isinstance(value, tuple | list):
         return [_json(item) for item in value]
     return value

@@ -651,13 +651,11 @@ def _scale_problems(plan: Plan) -> Iterator[Problem]:
     codecs = ENCODINGS.load_all()
     for layer in plan.layers:
         for piece in layer.pieces:
-            complete = codecs[piece.encoding.name].scales
-            if "none" in (piece.encoding.option("scale", ""), piece.encoding.option("outer", "")):
-                continue
-            if complete and not any(wanted <= piece.roles for wanted in complete):
+            codec = codecs[piece.encoding.name]
+            if not codec.is_complete(piece.encoding, piece.roles):
                 codes = piece.part(Role.CODES)
                 stored = codes.ref.name if codes else layer.path
-                needed = " or ".join(sorted("+".join(sorted(roles)) for roles in complete))
+                needed = " or ".join(sorted("+".join(sorted(roles)) for roles in codec.scales))
                 yield Problem(stored, f"is {piece.encoding} without its scale ({needed})")
 
 

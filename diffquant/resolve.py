@@ -22,6 +22,8 @@ from diffquant.errors import (
 )
 from diffquant.families import FAMILIES
 from diffquant.formats import FORMATS, Hints
+from diffquant.online import Online
+from diffquant.schemes import SCHEMES
 from diffquant.sources import Checkpoint, PipelineFolder
 
 BUNDLED_PIPELINE = "emoji_flux"
@@ -50,6 +52,7 @@ RULES: Mapping[str, str] = {
     "7b": "the flags promise SVDQuant {precision} of rank {rank}; the tensors must agree",
     "8": "{component} is quantized to {name} while loading",
     "8b": "{component} is {name} as --quantization says: {evidence}",
+    "8c": "{component} is {found} and becomes {name} while loading: it is quantized twice",
     "9": "--quantization-ignored-layers keeps {count} layers of {component}, first {first!r}",
 }
 
@@ -77,6 +80,9 @@ class ModelFlags:
     component_weights_paths: Mapping[str, str] = field(default_factory=dict)
     quantization: str | None = None
     quantization_ignored_layers: tuple[str, ...] = ()
+    quantization_scope: str | None = None
+    quantize_all: bool = False
+    requantize: bool = False
     component_quantizations: Mapping[str, str] = field(default_factory=dict)
     component_quantization_ignored_layers: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
@@ -108,7 +114,7 @@ class ComponentSource:
     config        of the module alone, without what it says about quantization
     base          the base pipeline's own component; None when its weights were not downloaded
     override      whether `weights` come from another source than the base pipeline
-    quantization  what to quantize to while loading, None for weights as they are
+    online        what to quantize while loading, and to what; None for weights as they are
     """
 
     component: str
@@ -118,8 +124,17 @@ class ComponentSource:
     base: Checkpoint | None
     override: bool
     hints: Hints
-    quantization: str | None
-    ignored_layers: tuple[str, ...]
+    online: Online | None = None
+
+    @property
+    def quantization(self) -> str | None:
+        """The scheme the component is quantized to while loading."""
+        return None if self.online is None else self.online.scheme
+
+    @property
+    def ignored_layers(self) -> tuple[str, ...]:
+        """Patterns of layers a person wants left as they are."""
+        return () if self.online is None else self.online.ignored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +201,7 @@ class _Hub:
 def resolve(flags: ModelFlags) -> Resolution:
     """Follow the rules. Raises UsageError for flags that contradict each other or the pipeline,
     SourceError for what cannot be found, FormatError where tensors deny what was promised."""
+    _require_something_to_quantize(flags)
     log = _Log()
     hub = _Hub(local_files_only=flags.local_files_only)
     overrides = _rule_3_weights(_rule_2_components(flags), log)
@@ -353,17 +369,18 @@ def _component(
         _require_class(override, described, class_name)
     _rule_6_chosen(weights, log)
     hints = _rule_7_svdquant(name, override, weights, flags, log)
-    quantization = _rule_8_quantization(name, weights, flags, log)
+    config = _module_config(described.config)
+    scheme = _rule_8_quantization(name, weights, flags, log)
+    ignored = _rule_9_ignored(name, class_name, scheme, weights, config, flags, log)
     return ComponentSource(
         component=name,
         class_name=class_name,
-        config=_module_config(described.config),
+        config=config,
         weights=weights,
         base=base if base.files else None,
         override=override is not None,
         hints=hints,
-        quantization=quantization,
-        ignored_layers=_rule_9_ignored(name, class_name, quantization, weights, flags, log),
+        online=_online(scheme, ignored, flags),
     )
 
 
@@ -525,9 +542,10 @@ def _rule_8_quantization(
     asked = flags.component_quantizations.get(name, flags.quantization)
     if asked is None:
         return None
-    meaning = aliases.quantizations().get(asked)
+    meaning = _meaning(asked)
     if meaning is None:
-        known = [key for key, entry in aliases.quantizations().items() if not entry.refused]
+        synonyms = [key for key, entry in aliases.quantizations().items() if not entry.refused]
+        known = list(dict.fromkeys([*SCHEMES.names(), *synonyms]))
         near = difflib.get_close_matches(asked, known, n=3)
         raise UsageError(
             f"no quantization is called {asked!r}", hint=f"one of: {', '.join(near or known)}"
@@ -537,11 +555,15 @@ def _rule_8_quantization(
     header = headers.read(weights.files)
     found, evidence = planner.identify(weights, header)
     if meaning.online:
+        if found != PLAIN_FORMAT and flags.requantize:
+            log.fire("8c", loud=True, component=name, found=found, name=meaning.online)
+            return meaning.online
         if found != PLAIN_FORMAT:
             raise UsageError(
                 f"--quantization {asked} quantizes dense weights, and {name!r} from "
                 f"{weights.origin!r} is already {found}: {evidence}",
-                hint="leave out --quantization, or give dense weights",
+                hint="leave out --quantization, give dense weights, or add --requantize to quantize "
+                "them twice",
             )
         log.fire("8", component=name, name=meaning.online)
         return meaning.online
@@ -558,11 +580,46 @@ def _rule_8_quantization(
     return None
 
 
+def _meaning(asked: str) -> aliases.Quantization | None:
+    """A scheme by its own name, else what the table says of the word."""
+    if asked in SCHEMES.names():
+        return aliases.Quantization(online=asked)
+    return aliases.quantizations().get(asked)
+
+
+def _online(scheme: str | None, ignored: tuple[str, ...], flags: ModelFlags) -> Online | None:
+    if scheme is None:
+        return None
+    return Online(
+        scheme=scheme,
+        ignored=ignored,
+        scope=flags.quantization_scope or "all",
+        quantize_all=flags.quantize_all,
+        requantize=flags.requantize,
+    )
+
+
+def _require_something_to_quantize(flags: ModelFlags) -> None:
+    """Words about how to quantize need a word about what to."""
+    typed = {
+        "--quantization-scope": flags.quantization_scope,
+        "--quantize-all": flags.quantize_all,
+        "--requantize": flags.requantize,
+    }
+    named = next((flag for flag, value in typed.items() if value), None)
+    if named is not None and not _asks_for_quantization(flags):
+        raise UsageError(
+            f"{named} has nothing to act on: nothing is quantized while loading",
+            hint=f"add --quantization NAME, or leave {named} out",
+        )
+
+
 def _rule_9_ignored(
     name: str,
     class_name: str,
-    quantization: str | None,
+    scheme: str | None,
     weights: Checkpoint,
+    config: Mapping[str, Any],
     flags: ModelFlags,
     log: _Log,
 ) -> tuple[str, ...]:
@@ -570,14 +627,15 @@ def _rule_9_ignored(
     asked = flags.component_quantization_ignored_layers.get(name, flags.quantization_ignored_layers)
     if not asked:
         return ()
-    if quantization is None:
+    if scheme is None:
         raise UsageError(
             f"--quantization-ignored-layers {','.join(asked)} has nothing to act on: {name!r} is not "
             "quantized while loading",
             hint="add --quantization NAME, or leave the layers out",
         )
     header = headers.read(weights.files)
-    known = sorted({tensor.rpartition(".")[0] or tensor for tensor in header.tensors})
+    stored = {tensor.rpartition(".")[0] or tensor for tensor in header.tensors}
+    known = sorted(stored | _linears(config, header))
     for pattern in asked:
         if not any(patterns.hits(pattern, path) for path in known):
             near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3)
@@ -588,6 +646,12 @@ def _rule_9_ignored(
     kept = [path for path in known if any(patterns.hits(pattern, path) for pattern in asked)]
     log.fire("9", count=len(kept), component=name, first=kept[0])
     return asked
+
+
+def _linears(config: Mapping[str, Any], header: headers.Header) -> frozenset[str]:
+    """Paths of the module's linears, where its family can tell them."""
+    family = FAMILIES.load(planner.family_of(config, header))
+    return family.inventory(config).linears if family.class_names else frozenset()
 
 
 # ---------------------------------------------------------------------------------------- questions

@@ -27,7 +27,8 @@ def rotated(x_MK: Tensor, rotation: Rotation | None) -> Tensor:
         return x_MK
     group = rotation.group
     matrix = _regular_hadamard(group).to(x_MK.device, x_MK.dtype)
-    return (x_MK.unflatten(-1, (-1, group)) @ matrix).flatten(-2)
+    turned: Tensor = (x_MK.unflatten(-1, (-1, group)) @ matrix).flatten(-2)
+    return turned
 
 
 @lru_cache(maxsize=8)
@@ -38,4 +39,4 @@ def _regular_hadamard(size: int) -> Tensor:
         matrix = torch.kron(matrix, four)
     if matrix.shape[0] < size:
         matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
-    return matrix / size**0.5
+    return matrix.div(size**0.5)

@@ -9,8 +9,8 @@ import click
 from diffquant.cli._arguments import Prepared
 from diffquant.errors import UsageError
 from diffquant.kernels import KERNELS
-from diffquant.loading import DTYPES, DryRun, RunFlags
-from diffquant.loading import dry_run as load_dry_run
+from diffquant.loading import DTYPES, RunFlags
+from diffquant.online import SCOPES
 from diffquant.resolve import ModelFlags
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -60,6 +60,15 @@ MODEL = (
         metavar="PATTERNS",
         callback=_patterns,
         help="Layers to leave as they are: attn.to_,proj_out.",
+    ),
+    click.option(
+        "--quantization-scope", type=click.Choice(SCOPES), help="Which layers to quantize. [all]"
+    ),
+    click.option(
+        "--quantize-all", is_flag=True, help="Quantize layers too that are known to be sensitive."
+    ),
+    click.option(
+        "--requantize", is_flag=True, help="Quantize what is quantized already, a second time."
     ),
     click.option("--enable-svdquant", is_flag=True, help="The weights are SVDQuant (Nunchaku)."),
     click.option(
@@ -137,20 +146,6 @@ def model_flags(values: Mapping[str, Any], prepared: Prepared) -> ModelFlags:
 
 def run_flags(values: Mapping[str, Any], prepared: Prepared) -> RunFlags:
     return RunFlags(**given(RunFlags, values), pinned=pinned(prepared.record))
-
-
-def dry_run(model: ModelFlags, run: RunFlags) -> DryRun:
-    """Everything that is decided without torch. Raises UsageError where --quantization was typed and
-    the plan does not do it: quantizing while loading is not built yet."""
-    dry = load_dry_run(model, run)
-    for name, source in dry.resolution.components.items():
-        pieces = (piece for layer in dry.plans[name].layers for piece in layer.pieces)
-        if source.quantization and not any(piece.recode for piece in pieces):
-            raise UsageError(
-                f"--quantization {source.quantization}: quantizing while loading is not built yet",
-                hint="leave --quantization out, or name weights that are quantized already",
-            )
-    return dry
 
 
 def pinned(record: Mapping[str, Any]) -> dict[str, dict[str, str]]:

@@ -9,9 +9,9 @@ import click
 from diffquant.cli import _options, _talk
 from diffquant.encodings import ENCODINGS
 from diffquant.families import FAMILIES
-from diffquant.formats import FORMATS
+from diffquant.formats import FORMATS, Format
 from diffquant.headers import CONTAINERS
-from diffquant.kernels import KERNELS
+from diffquant.kernels import KERNELS, WEIGHT_ONLY, Kernel
 from diffquant.plugins import Registry
 
 REGISTRIES: dict[str, Registry[Any]] = {
@@ -25,8 +25,12 @@ REGISTRIES: dict[str, Registry[Any]] = {
 
 @click.command(short_help="List what can be read and what runs it.")
 @_options.JSON
-def COMMAND(as_json: bool) -> None:
+@click.option("--markdown", is_flag=True, help="The README's matrix of formats, families, devices.")
+def COMMAND(as_json: bool, markdown: bool) -> None:
     """List formats, encodings, families, kernels and containers; each is one file of the package."""
+    if markdown:
+        click.echo(matrix())
+        return
     listed = {
         title: {name: _first_line(registry, name) for name in registry.names()}
         for title, registry in REGISTRIES.items()
@@ -37,6 +41,58 @@ def COMMAND(as_json: bool) -> None:
     click.echo(
         "\n\n".join(f"{title}\n{_talk.table(named.items())}" for title, named in listed.items())
     )
+
+
+def matrix() -> str:
+    """Format x encoding x family x device as a Markdown table, from the registries alone."""
+    rows = [
+        (name, encoding, _families(format), _native(encoding), _portable(encoding), format.proof)
+        for name, format in FORMATS.load_all().items()
+        for encoding in format.encodings
+    ]
+    head = (
+        "format",
+        "encoding",
+        "families",
+        "native kernel on",
+        "weight-only kernel on",
+        "proved by",
+    )
+    ruled = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in ruled)
+
+
+def _families(format: Format) -> str:
+    """Every family but the generic one whose namings a file of this format may follow."""
+    if not format.namings:
+        return "all"
+    families = FAMILIES.load_all().items()
+    return ", ".join(name for name, each in families if {*format.namings} & {*each.namings})
+
+
+def _native(encoding: str) -> str:
+    """Kernels that quantize activations themselves, with the hardware they need."""
+    return _kernels(encoding, native=True) or "-"
+
+
+def _portable(encoding: str) -> str:
+    """Kernels that decode the weight; `reference` runs everything everywhere."""
+    return ", ".join(filter(None, (_kernels(encoding, native=False), "reference (any)")))
+
+
+def _kernels(encoding: str, *, native: bool) -> str:
+    return ", ".join(
+        f"{name} ({_hardware(kernel)})"
+        for name, kernel in KERNELS.load_all().items()
+        if encoding in kernel.needs.encodings
+        and (WEIGHT_ONLY not in kernel.needs.activations) == native
+    )
+
+
+def _hardware(kernel: Kernel) -> str:
+    devices = ", ".join(sorted(kernel.needs.devices)) or "any"
+    where = devices if kernel.needs.sm is None else f"{devices} sm{kernel.needs.sm[0]}+"
+    return f"{where}, *not run on hardware*" if kernel.untried else where
 
 
 def _first_line(registry: Registry[Any], name: str) -> str:

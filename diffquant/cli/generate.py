@@ -52,7 +52,7 @@ def COMMAND(
     model = _options.model_flags(values, prepared)
     run = _options.run_flags(values, prepared)
     # Everything that can be refused without torch is refused before the seconds torch needs.
-    dry = _options.dry_run(model, run)
+    dry = loading.dry_run(model, run)
     if not dry.device.present:
         raise UsageError(
             f"there is no {dry.device.name} here to draw on",

@@ -2,7 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
@@ -63,14 +64,13 @@ def COMMAND(
     --deep and --base. The exit code is 1 when the audit fails, or when a layer is far from the base.
     """
     hints = Hints(nibbles=nvfp4_nibbles, scales=scale_layout, raw_fp8=raw_fp8)  # type: ignore[arg-type]
-    with _talk.progress() as bars:
-        task = None if base is None else bars.add_task("comparing", total=None)
+    with _comparing(base) as on_layer:
         inspection = loading.inspect(
             source,
             deep=deep,
             base=base,
             hints=hints,
-            on_layer=lambda done, total: bars.update(task or 0, completed=done, total=total),
+            on_layer=on_layer,
             subfolder=subfolder,
             revision=revision,
             local_files_only=local_files_only,
@@ -84,15 +84,27 @@ def COMMAND(
     return 0 if inspection.ok and not outliers else 1
 
 
+@contextmanager
+def _comparing(base: str | None) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar over layers, where layers will be compared."""
+    if base is None:
+        yield None
+        return
+    with _talk.progress() as bars:
+        task = bars.add_task("comparing", total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
 def _compared(layers: "Sequence[LayerFidelity]", outliers: "Sequence[LayerFidelity]") -> list[str]:
-    """The worst layers against the base, outliers first, and how many there are."""
+    """Layers against the base: outliers, suspected ones, the worst of the rest; and how many."""
     if not layers:
         return []
-    rest = [layer for layer in layers if layer not in outliers]
-    rows = map(_fidelity, [*outliers, *rest[: max(0, WORST_TOLD - len(outliers))]])
-    suspected = sum(layer.suspicion is not None for layer in rest)
+    suspected = [layer for layer in layers if layer.suspicion and layer not in outliers]
+    told = [*outliers, *suspected]
+    rest = [layer for layer in layers if layer not in told]
+    rows = map(_fidelity, [*told, *rest[: max(0, WORST_TOLD - len(told))]])
     verdict = f"{_talk.count(len(outliers), 'outlier')} of {_talk.count(len(layers), 'layer')}"
-    others = f", {_talk.count(suspected, 'other suspicion')}" if suspected else ""
+    others = f", {len(suspected)} more to look at" if suspected else ""
     return [_talk.table([FIDELITY, *rows]), _talk.facts([("base", verdict + others)])]
 
 

@@ -33,7 +33,7 @@ def COMMAND(prepared: Prepared, /, as_json: bool, **values: Any) -> None:
     for text in prepared.notes:
         _talk.note(text)
     model = _options.model_flags(values, prepared)
-    dry = _options.dry_run(model, _options.run_flags(values, prepared))
+    dry = loading.dry_run(model, _options.run_flags(values, prepared))
     peaks = forecast.forecast(dry.plans, dry.resolution.pipeline, dry.device)
     command = _command(prepared, values)
     if as_json:

@@ -58,7 +58,7 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        return self.value is None or FIGURES[self.figure].keeps(self.value, self.limit)
+        return self.value is not None and FIGURES[self.figure].keeps(self.value, self.limit)
 
     def __str__(self) -> str:
         figure = FIGURES[self.figure]
@@ -112,11 +112,14 @@ def judge(
     figures: Mapping[str, float | None],
     defects: Sequence[str] = (),
 ) -> Verdict:
-    """Hold measured figures against the limits of the level."""
+    """Hold measured figures against the limits of the level.
+
+    A figure that could not be measured is judged only where a threshold was typed for it, and fails.
+    """
     bounds = limits(level, thresholds)
     checks = tuple(
         Check(figure=name, value=figures.get(name), limit=bounds[name])
         for name in FIGURES
-        if name in bounds
+        if name in bounds and (figures.get(name) is not None or name in thresholds)
     )
     return Verdict(level=level, defects=tuple(defects), checks=checks)

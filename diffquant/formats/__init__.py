@@ -112,12 +112,19 @@ class Format:
     evidence   the sentence that proves it (file, key, value), or None; reads content, not presence
     read       checkpoint -> Reading; raises FormatError where the file contradicts its own claim
     explains   other formats whose markers a true file of this one may also carry
+    encodings  what its layers may be stored as
+    namings    family namings its files follow; empty: any
+    proof      what our reading of it was held against: "true files", "owner's library", or
+               "from description" where neither could be had
     write      Plan and a target directory -> files other tools read (see `Writer`)
     """
 
     evidence: Callable[[Checkpoint, Header], str | None]
     read: Callable[[Checkpoint, Header, Hints], Reading]
     explains: frozenset[str] = frozenset()
+    encodings: tuple[str, ...] = ()
+    namings: tuple[str, ...] = ()
+    proof: Literal["true files", "owner's library", "from description"] = "from description"
     write: "Writer | None" = None
 
 

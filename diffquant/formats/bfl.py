@@ -214,4 +214,7 @@ FORMAT = Format(
     read=_read,
     # The metadata is ComfyUI's own, and may call every layer bf16.
     explains=frozenset({"comfy", "diffusers", "fp8"}),
+    encodings=("nvfp4", "fp8"),
+    namings=("bfl",),
+    proof="from description",
 )

@@ -465,4 +465,6 @@ FORMAT = Format(
     read=_read,
     # A file may be marked throughout while all its layers are plain.
     explains=frozenset({"diffusers"}),
+    encodings=("fp8", "nvfp4", "mxfp8", "int8", "int4", "asym_w4a8"),
+    proof="owner's library",
 )

@@ -49,4 +49,9 @@ def _read(checkpoint: Checkpoint, header: Header, hints: Hints) -> Reading:
     return Reading(layers=())
 
 
-FORMAT = Format(evidence=_evidence, read=_read)
+FORMAT = Format(
+    evidence=_evidence,
+    read=_read,
+    encodings=("dense",),
+    proof="true files",
+)

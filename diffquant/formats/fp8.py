@@ -146,4 +146,10 @@ def _notes(block: Mapping[str, Any], layers: tuple[StoredLayer, ...]) -> Iterato
         )
 
 
-FORMAT = Format(evidence=_evidence, read=_read, explains=frozenset({"diffusers"}))
+FORMAT = Format(
+    evidence=_evidence,
+    read=_read,
+    explains=frozenset({"diffusers"}),
+    encodings=("fp8",),
+    proof="from description",
+)

@@ -28,7 +28,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from diffquant.errors import FormatError
 from diffquant.formats import (
@@ -110,9 +110,7 @@ def _read(checkpoint: Checkpoint, header: Header, hints: Hints) -> Reading:
     assert declaration is not None, "read is called only where evidence was found"
     if declaration.swapped and hints.nibbles is None:
         hints = replace(hints, nibbles="high")
-    layers = tuple(
-        _layer(name, header, declaration, hints) for name in _layer_names(header)
-    )
+    layers = tuple(_layer(name, header, declaration, hints) for name in _layer_names(header))
     stray = {
         name: "an amax left by a quantizer that is declared, not applied"
         for name in header.tensors
@@ -250,10 +248,18 @@ def _packed(weight: Tensor, scale: Tensor, codes: StoredPart, hints: Hints) -> N
         return Encoding("int4"), (2 * rows, width), (paired, _plain_scale(scale))
     columns = 2 * width
     if scale.dtype in ("U8", "F8_E8M0"):
-        return Encoding("mxfp4"), (rows, columns), (codes, _block_scale(scale, (rows, -(-columns // 32)), hints))
+        return (
+            Encoding("mxfp4"),
+            (rows, columns),
+            (codes, _block_scale(scale, (rows, -(-columns // 32)), hints)),
+        )
     block = 32 if scale.shape[-1] * 32 == columns else 16
     encoding = Encoding("nvfp4", () if block == 16 else (("block", "32"),))
-    return encoding, (rows, columns), (codes, _block_scale(scale, (rows, -(-columns // block)), hints))
+    return (
+        encoding,
+        (rows, columns),
+        (codes, _block_scale(scale, (rows, -(-columns // block)), hints)),
+    )
 
 
 def _plain_scale(scale: Tensor) -> StoredPart:
@@ -282,7 +288,7 @@ def _activation(
     algorithm = declaration.of(name) or ""
     if encoding == DENSE or algorithm in WEIGHT_ONLY or declaration.weight_only:
         return None
-    mode = "static" if Role.INPUT_SCALE in roles else "dynamic"
+    mode: Literal["static", "dynamic"] = "static" if Role.INPUT_SCALE in roles else "dynamic"
     if encoding.name in ("mxfp8", "mxfp4"):
         return Activation(number=encoding.name, granularity="group", group=32, mode="dynamic")
     if algorithm in FP8_ACTIVATIONS:
@@ -384,4 +390,6 @@ FORMAT = Format(
     read=_read,
     # True files carry Comfy's layer metadata too, and old exports may hold plain weights only.
     explains=frozenset({"bfl", "comfy", "diffusers", "fp8"}),
+    encodings=("fp8", "nvfp4", "mxfp8", "mxfp4", "int8", "int4"),
+    proof="true files",
 )

@@ -306,4 +306,7 @@ FORMAT = Format(
     read=_read,
     # All weights may be FLOAT; and the description beats a config that names fp8.
     explains=frozenset({"diffusers", "fp8"}),
+    encodings=("int8", "int4", "mxfp8", "mxfp4"),
+    namings=("original",),
+    proof="from description",
 )

@@ -172,4 +172,10 @@ def _notes(
         yield "attention of the refiners is kept dense (skip_refiners)"
 
 
-FORMAT = Format(evidence=_evidence, read=_read)
+FORMAT = Format(
+    evidence=_evidence,
+    read=_read,
+    encodings=("int4", "nvfp4"),
+    namings=("nunchaku",),
+    proof="true files",
+)

@@ -67,4 +67,9 @@ def _layer(name: str, header: Header) -> StoredLayer:
     )
 
 
-FORMAT = Format(evidence=_evidence, read=_read)
+FORMAT = Format(
+    evidence=_evidence,
+    read=_read,
+    encodings=("int4",),
+    proof="from description",
+)

@@ -113,4 +113,9 @@ def _require_targets(
         raise FormatError(f"{name!r} is stored quantized, and {WHERE} {where} does not target it")
 
 
-FORMAT = Format(evidence=_evidence, read=_read)
+FORMAT = Format(
+    evidence=_evidence,
+    read=_read,
+    encodings=("int4", "nvfp4"),
+    proof="from description",
+)

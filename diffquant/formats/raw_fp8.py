@@ -56,4 +56,9 @@ def _layer(tensor: Tensor) -> StoredLayer:
     )
 
 
-FORMAT = Format(evidence=_evidence, read=_read)
+FORMAT = Format(
+    evidence=_evidence,
+    read=_read,
+    encodings=("fp8",),
+    proof="from description",
+)

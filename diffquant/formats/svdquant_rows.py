@@ -66,4 +66,9 @@ def _declared(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return block if isinstance(block, Mapping) else {}
 
 
-FORMAT = Format(evidence=_evidence, read=_read)
+FORMAT = Format(
+    evidence=_evidence,
+    read=_read,
+    encodings=("nvfp4",),
+    proof="from description",
+)

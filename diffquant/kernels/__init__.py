@@ -82,9 +82,10 @@ class Kernel:
     rank       lower is tried first among those whose needs hold
     build      Spec -> multiply(x [M, K], parts) -> [M, N]; imports vendors inside; no bias
     prepare    canonical parts -> extra tensors for `multiply` on this device (repacks), or None
-    float32    the whole layer (smoothing, low rank, bias) is to be computed in float32 around it
+    float32    `multiply` returns its float32 sum, so that the bias joins it before the one rounding
     opt_in     only runs when named by --kernel
     identical  name of a group of kernels that give bit-identical results
+    untried    never run on the hardware it needs; the README's matrix says so
     """
 
     rank: int
@@ -94,6 +95,7 @@ class Kernel:
     float32: bool = False
     opt_in: bool = False
     identical: str | None = None
+    untried: bool = False
 
 
 KERNELS: Registry[Kernel] = Registry("diffquant.kernels", "KERNEL")
@@ -198,7 +200,7 @@ def _choose_piece(
             if _concerns(kernel, spec):
                 refused.append(Refusal(name, reason))
     raise KernelError(
-        f"no kernel runs {piece.encoding} on {device.name}"
+        f"no kernel runs {piece.runs_as} on {device.name}"
         + (f": {demanded} was demanded" if demanded else ""),
         hint="; ".join(f"{item.kernel}: {item.reason}" for item in refused) or None,
     )

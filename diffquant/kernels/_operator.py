@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from diffquant.kernels import Multiply, Parts
 
-_built: dict[str, tuple["Multiply", tuple[Role, ...], int]] = {}
+_built: dict[str, tuple["Multiply", tuple[Role, ...], int, bool]] = {}
 
 
 def multiplier(kernel: str, spec: Spec) -> "Multiply":
@@ -24,7 +24,8 @@ def multiplier(kernel: str, spec: Spec) -> "Multiply":
     text = _text(kernel, spec)
     if text not in _built:
         roles = tuple(sorted(spec.roles))
-        _built[text] = (KERNELS.load(kernel).build(spec), roles, spec.shape_NK[0])
+        found = KERNELS.load(kernel)
+        _built[text] = (found.build(spec), roles, spec.shape_NK[0], found.float32)
     roles = _built[text][1]
     operator = _operator()
 
@@ -47,11 +48,12 @@ def _operator() -> Any:
     import torch
 
     def multiply(x: torch.Tensor, parts: list[torch.Tensor], text: str) -> torch.Tensor:
-        product, roles, _ = _built[text]
+        product, roles, _, _ = _built[text]
         return product(x, dict(zip(roles, parts, strict=True)))
 
     def shape_only(x: torch.Tensor, parts: list[torch.Tensor], text: str) -> torch.Tensor:
-        return x.new_empty(x.shape[0], _built[text][2])
+        _, _, columns, float32 = _built[text]
+        return x.new_empty(x.shape[0], columns, dtype=torch.float32 if float32 else x.dtype)
 
     registered = torch.library.custom_op("diffquant::multiply", multiply, mutates_args=())
     registered.register_fake(shape_only)

@@ -67,4 +67,5 @@ KERNEL = Kernel(
         multiple_of_K=16,
     ),
     build=_build,
+    untried=True,
 )

@@ -1,11 +1,10 @@
 """What `--quantization NAME` does to dense weights while loading: one file per scheme.
 
-A scheme is data: numbers, granularity, what the input is quantized to, which preset knows the layers
-it must not touch. The module's name is the value that is typed; other people's words for the same
-thing are in `aliases.toml`. No scheme looks at any data but the weights.
+A scheme is data: numbers, granularity, what the input is quantized to, which preset knows the
+layers it must not touch. The module's name is the value that is typed; other people's words for the
+same thing are in `aliases.toml`. No scheme looks at any data but the weights.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,8 +47,8 @@ class Scheme:
 
     @property
     def is_shared(self) -> bool:
-        """Whether siblings take one tensor scale from all of their weights. What is left of a weight
-        beside its low-rank branch has a range of its own."""
+        """Whether siblings take one tensor scale from all of their weights. What a low-rank branch
+        leaves of each has a range of its own."""
         return Role.TENSOR_SCALE in self.scales and self.rank is None
 
     def recode(self, shared_amax: str | None = None) -> Recode:
@@ -66,9 +65,3 @@ class Scheme:
 
 
 SCHEMES: Registry[Scheme] = Registry("diffquant.schemes", "SCHEME")
-
-
-def named(meanings: Mapping[str, str], typed: str) -> str | None:
-    """The scheme a typed word means, by its own name or a synonym; None for a word that means none."""
-    name = meanings.get(typed, typed)
-    return name if name in SCHEMES.names() else None

@@ -1,4 +1,4 @@
-"""FP8 with one scale per weight, shared by q, k and v; inputs per tensor. ModelOpt's FP8 default."""
+"""FP8 with one scale per weight, one for q, k and v; inputs per tensor. ModelOpt's FP8 default."""
 
 from diffquant.plan import Activation, Encoding, Role
 from diffquant.schemes import Scheme

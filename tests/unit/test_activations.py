@@ -60,7 +60,8 @@ def test_zeros_stay_zeros(asked: Activation, bound: float) -> None:
 def test_static_fp8_uses_the_files_scale_and_saturates(x: Tensor) -> None:
     asked, scale = activation("fp8", "tensor", "static"), x.abs().max() / 896
     found = quantized(x, asked, {Role.INPUT_SCALE: scale})
-    wanted = (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+    inverse = 448.0 / (scale * 448)
+    wanted = (x * inverse).clamp(-448, 448).to(torch.float8_e4m3fn).float() * (1 / inverse)
     assert torch.equal(found, wanted)
     assert not torch.equal(found, quantized(x, activation("fp8", "tensor"), {}))
 

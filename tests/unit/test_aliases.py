@@ -71,7 +71,8 @@ def test_a_torchao_configuration_becomes_a_quantization() -> None:
 @pytest.mark.parametrize("flag", [entry for entry in aliases.flags().values() if entry.values])
 def test_every_value_of_quantization_that_the_table_gives_is_known(flag: Flag) -> None:
     given = [value.to for value in flag.values.values() if value.to]
-    assert flag.to != "--quantization" or set(given) <= set(quantizations())
+    known = {*SCHEMES.names(), *quantizations()}
+    assert flag.to != "--quantization" or set(given) <= known
 
 
 @pytest.mark.parametrize("name", quantizations())

@@ -1,0 +1,203 @@
+"""Prove it: one reference, one or more candidates, three answers with numbers, a verdict.
+
+    1  Is the file faithful?       decoded weights against the base's, no forward
+    2  Is the kernel faithful?     every layer's kernel against `reference` on captured inputs
+    3  Is the model still good?    same noise: latents per step, one-step errors, pictures
+
+The reference runs first and leaves a capture; it is let go before a candidate is loaded.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+from diffquant import loading
+from diffquant.compare.comparison import Candidate, Comparison, Mean, Pair
+from diffquant.compare.layers import (
+    Layer,
+    OneStep,
+    defects_of,
+    layers,
+    loadable,
+    one_step,
+    weights_answer,
+)
+from diffquant.compare.metrics import likeness, per_step
+from diffquant.compare.sides import Loaded, Side, captured, loaded, same_request, unfair
+from diffquant.compare.trajectory import Capture, Progress, Trajectory, read, save
+from diffquant.compare.verdict import judge, limits
+from diffquant.errors import DiffquantError, RunError, UsageError
+from diffquant.fidelity import LayerFidelity
+from diffquant.loading import DryRun
+from diffquant.run import Request
+
+__all__ = ["Candidate", "Comparison", "Layer", "Mean", "OneStep", "Pair", "Side", "compare"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is compared and how strictly.
+
+    requests        one per prompt and seed; with a saved reference they may be empty
+    saved           a reference captured before, used instead of drawing
+    save_reference  where to keep the reference's capture
+    """
+
+    reference: Side
+    candidates: tuple[Side, ...]
+    requests: tuple[Request, ...]
+    level: str = "smoke"
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    saved: Path | None = None
+    save_reference: Path | None = None
+    command: str = ""
+
+
+def compare(question: Question, on_progress: Progress = lambda what, done, of: None) -> Comparison:
+    """Answer it. Raises UsageError or RunError where the comparison would be unfair."""
+    limits(question.level, question.thresholds)
+    reference = _reference(question, on_progress)
+    if question.save_reference is not None:
+        save(reference, question.save_reference)
+    candidates = tuple(
+        _candidate(side, reference, question, on_progress) for side in question.candidates
+    )
+    return Comparison(
+        reference=reference.name,
+        reference_command=question.reference.command,
+        reference_cost=reference.cost,
+        reference_truth=reference.truth_lines,
+        conditions=reference.conditions,
+        candidates=candidates,
+        command=question.command,
+        notes=tuple(_of_reference(reference)),
+    )
+
+
+def requests(asked: Request, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Request, ...]:
+    """One request per prompt and seed. Raises UsageError where there is no prompt."""
+    from dataclasses import replace
+
+    if not prompts:
+        raise UsageError("there is no prompt", hint="--prompt 'red apple'")
+    return tuple(
+        replace(asked, prompt=prompt, seed=seed, num_images_per_prompt=1)
+        for prompt in prompts
+        for seed in seeds
+    )
+
+
+def _reference(question: Question, on_progress: Progress) -> Capture:
+    if question.saved is not None:
+        capture = read(question.saved)
+        for drawn, typed in zip(capture.requests, question.requests, strict=False):
+            same_request(drawn, typed)
+        if question.requests and len(question.requests) != len(capture.requests):
+            raise UsageError(
+                f"the saved reference holds {len(capture.requests)} drawings, "
+                f"{len(question.requests)} are asked for",
+                hint="leave --prompt and --seeds out: they are those of the saved reference",
+            )
+        return capture
+    with loaded(question.reference, on_progress) as here:
+        _require_dense(here.dry)
+        return captured(here, question.requests, on_progress)
+
+
+def _candidate(
+    side: Side, reference: Capture, question: Question, on_progress: Progress
+) -> Candidate:
+    with loaded(side, on_progress) as here:
+        capture = captured(here, reference.requests, on_progress)
+        notes = list(unfair(reference.conditions, capture.conditions))
+        weights = _weights(here.dry, question.reference, notes)
+        answers = one_step(here.modules, reference, on_progress)
+        judged = layers(here.dry, here.modules, reference, weights)
+    pairs = tuple(map(_pair, reference.trajectories, capture.trajectories))
+    figures = _figures(pairs, answers, judged)
+    defects = [*_flaws(pairs), *defects_of(weights)]
+    return Candidate(
+        name=side.name,
+        command=side.command,
+        truth_lines=capture.truth_lines,
+        verdict=judge(question.level, question.thresholds, figures, defects),
+        figures=figures,
+        pairs=pairs,
+        one_step=answers,
+        layers=judged,
+        cost=capture.cost,
+        notes=tuple(notes),
+    )
+
+
+def _weights(dry: DryRun, reference: Side, notes: list[str]) -> dict[str, LayerFidelity]:
+    """Answer 1, or a note saying why there is none."""
+    reason = loadable(dry)
+    if reason is None:
+        try:
+            return weights_answer(dry, loading.dry_run(reference.model, reference.run))
+        except DiffquantError as error:
+            reason = f"the base's weights cannot be read: {error.what}"
+    notes.append(reason)
+    return {}
+
+
+def _pair(reference: Trajectory, candidate: Trajectory) -> Pair:
+    return Pair(
+        request=reference.request,
+        timesteps=reference.timesteps,
+        steps=per_step(tuple(reference.latents), tuple(candidate.latents)),
+        likeness=likeness(reference.frames, candidate.frames),
+        flaws=candidate.flaws,
+        reference_flaws=reference.flaws,
+        reference_frames=reference.frames,
+        candidate_frames=candidate.frames,
+    )
+
+
+def _figures(
+    pairs: Sequence[Pair], answers: Sequence[OneStep], judged: Sequence[Layer]
+) -> dict[str, float | None]:
+    """By the names of `verdict.FIGURES`."""
+    weights = [each.weight.fidelity for each in judged if each.weight is not None]
+    return {
+        "weight": max((each.relative_error for each in weights if each is not None), default=None),
+        "kernel": max((each.kernel for each in judged if each.kernel is not None), default=None),
+        "one_step": max((each.distance.relative_l2 for each in answers), default=None),
+        "psnr": fmean(pair.likeness.psnr_db for pair in pairs),
+        "mae": fmean(pair.likeness.mae for pair in pairs),
+        "cosine": fmean(pair.steps[-1].cosine for pair in pairs),
+        "relative_l2": fmean(pair.steps[-1].relative_l2 for pair in pairs),
+        "ssim": fmean(pair.likeness.ssim for pair in pairs),
+        "ms_ssim": _mean_of([pair.likeness.ms_ssim for pair in pairs]),
+        "flicker": _mean_of([pair.likeness.flicker for pair in pairs]),
+    }
+
+
+def _mean_of(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _flaws(pairs: Sequence[Pair]) -> Iterator[str]:
+    for pair in pairs:
+        for flaw in pair.flaws:
+            yield f"{flaw} ({pair.request.prompt!r}, seed {pair.request.seeds[0]})"
+
+
+def _of_reference(reference: Capture) -> Iterator[str]:
+    for each in reference.trajectories:
+        for flaw in each.flaws:
+            yield f"the reference itself: {flaw} ({each.request.prompt!r}, seed {each.request.seeds[0]})"
+
+
+def _require_dense(dry: DryRun) -> None:
+    """A quantized base proves nothing, unless it was named as the reference's own transformer."""
+    named = dry.resolution.components
+    for component, plan in dry.plans.items():
+        if plan.quantized and not named[component].override:
+            raise RunError(
+                f"the reference's {component} is quantized itself ({plan.format})",
+                hint="--reference-transformer-path names the BF16 one",
+            )

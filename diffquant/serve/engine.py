@@ -1,0 +1,160 @@
+"""The pipeline behind the line: loaded, checked, drawing, let go. Only the worker's thread calls it."""
+
+import gc
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffquant import loading, run
+from diffquant.loading import Report
+from diffquant.serve import preview, readiness
+from diffquant.serve.jobs import Job, Preview
+from diffquant.serve.readiness import Check
+
+LOG = logging.getLogger("diffquant.serve")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What is known of the pipeline once it was loaded, also while it is let go.
+
+    pipeline_class  its class; its call's signature says which fields mean anything
+    fields          of a `run.Request` that its call takes
+    no_guidance     the transformer has no input for `guidance_scale`, which would be ignored
+    decoded_bytes   of one pixel in the widest layer of the autoencoder
+    """
+
+    pipeline_class: type
+    fields: frozenset[str]
+    defaults: Mapping[str, Any]
+    no_guidance: bool
+    previews: bool
+    decoded_bytes: int
+    report: Report
+    checks: tuple[Check, ...]
+
+    @property
+    def blank(self) -> Any:
+        """An instance without contents, for those who ask an instance for its class."""
+        return object.__new__(self.pipeline_class)
+
+
+class Engine:
+    """One pipeline.
+
+    load      gives the pipeline, as `loading.load` does
+    defaults  of the model's preset
+    flags     what was typed, for the record inside every picture
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Any],
+        *,
+        defaults: Mapping[str, Any],
+        flags: Mapping[str, Any],
+    ) -> None:
+        self._load = load
+        self._defaults = defaults
+        self._flags = flags
+        self._pipeline: Any = None
+        self.facts: Facts | None = None
+
+    def open(self) -> None:
+        """Load, and refuse to go on with a kernel that `reference` contradicts."""
+        pipeline = self._load()
+        report = loading.report(pipeline)
+        checks = readiness.checks(pipeline, report)
+        readiness.require_agreement(checks)
+        self.facts = _facts(pipeline, report, checks, self._defaults)
+        self._pipeline = pipeline
+        for line in report.truth_lines:
+            LOG.info("%s", line)
+
+    def draw(self, job: Job) -> run.Result:
+        """Draw the job's pictures; Stopped is raised at the step at which it should end."""
+        pipeline, wanted = self._pipeline, job.request
+        latest: list[Tensor] = []
+
+        def on_step(done: int, of: int) -> None:
+            job.require_going()
+            job.step = done
+            shown = done in job.previews and latest
+            job.moved(_preview(pipeline, latest[-1], job) if shown else None)
+
+        def seen(latents: Tensor) -> None:
+            latest[:] = [latents]
+
+        with ExitStack() as stack:
+            if job.previews:
+                stack.enter_context(preview.watched(pipeline, seen))
+            result = run.generate(pipeline, wanted, on_step)
+        assert self.facts is not None
+        report = self.facts.report.to_json()
+        return run.recorded(result, flags=self._flags, report=report)
+
+    def recover(self) -> None:
+        """Leave nothing of a job that ended early."""
+        if hasattr(self._pipeline, "maybe_free_model_hooks"):
+            self._pipeline.maybe_free_model_hooks()
+        _free()
+
+    def close(self) -> None:
+        """Let the model go; `open` brings it back."""
+        self._pipeline = None
+        _free()
+        LOG.info("the model is let go")
+
+
+def _preview(pipeline: Any, latents: Tensor, job: Job) -> Preview:
+    request = job.request
+    assert request.height is not None
+    assert request.width is not None
+    return Preview(job.step, preview.picture(pipeline, latents, request.height, request.width))
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _facts(
+    pipeline: Any, report: Report, checks: tuple[Check, ...], defaults: Mapping[str, Any]
+) -> Facts:
+    kind = type(pipeline)
+    return Facts(
+        pipeline_class=kind,
+        fields=_fields(kind),
+        defaults=defaults,
+        no_guidance=_has_no_guidance(pipeline),
+        previews=preview.is_possible(pipeline),
+        decoded_bytes=_decoded_bytes(pipeline),
+        report=report,
+        checks=checks,
+    )
+
+
+def _fields(kind: type) -> frozenset[str]:
+    """Those of a request that mean something to the class; seed and fps are ours."""
+    taken = frozenset(inspect.signature(kind.__call__).parameters)  # type: ignore[operator]
+    known = {item.name for item in fields(run.Request)} & taken
+    return frozenset({"seed", *known, *(("fps",) if "num_frames" in known else ())})
+
+
+def _has_no_guidance(pipeline: Any) -> bool:
+    config = getattr(getattr(pipeline, "transformer", None), "config", None)
+    return getattr(config, "guidance_embeds", True) is False
+
+
+def _decoded_bytes(pipeline: Any) -> int:
+    """Channels of the autoencoder's last, widest stage times the bytes of a number."""
+    vae = getattr(pipeline, "vae", None)
+    channels = getattr(getattr(vae, "config", None), "block_out_channels", None)
+    return channels[0] * vae.dtype.itemsize if vae is not None and channels else 0

@@ -1,0 +1,109 @@
+"""One request on its way from the door to its pictures."""
+
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from PIL import Image
+
+from diffquant.run import Request, Result
+
+
+class State(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Stopped(Exception):
+    """Raised between two steps of a job that is to end; says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What the picture looks like after `step` steps."""
+
+    step: int
+    image: Image.Image
+
+
+def _promised() -> "Future[Result]":
+    """A future that only the worker ends: who stops waiting for it must not cancel it."""
+    future: Future[Result] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Job:
+    """One request and where it stands. The worker writes; anyone reads, and anyone may stop it.
+
+    id        unguessable: knowing it is the right to see its pictures
+    name      what the client calls it, in X-Request-Id
+    previews  steps after which a preview is wanted
+    deadline  by time.monotonic()
+    tell      called on the worker's thread when the state, the step or the preview changes
+    """
+
+    request: Request
+    deadline: float
+    name: str | None = None
+    user: str | None = None
+    previews: frozenset[int] = frozenset()
+    tell: Callable[["Job", Preview | None], None] | None = None
+    id: str = field(default_factory=lambda: secrets.token_urlsafe(18))
+    created: int = field(default_factory=lambda: int(time.time()))
+    arrived: float = field(default_factory=time.monotonic)
+    state: State = State.QUEUED
+    step: int = 0
+    outcome: "Future[Result]" = field(default_factory=_promised)
+    _why: str | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def steps(self) -> int:
+        return self.request.num_inference_steps or 1
+
+    @property
+    def steps_left(self) -> int:
+        return max(self.steps - self.step, 0)
+
+    @property
+    def why_stopped(self) -> str | None:
+        """Why it is to end before its pictures; None while it may go on."""
+        if self._why is None and time.monotonic() > self.deadline:
+            self.stop("timed out")
+        return self._why
+
+    def stop(self, why: str) -> None:
+        """End it at its next step, or before its first; the first reason stays."""
+        with self._lock:
+            self._why = self._why or why
+
+    def require_going(self) -> None:
+        """Raise Stopped when somebody stopped it or its time is over."""
+        if self.why_stopped is not None:
+            raise Stopped(self.why_stopped)
+
+    def moved(self, preview: Preview | None = None) -> None:
+        if self.tell is not None:
+            self.tell(self, preview)
+
+    def to_json(self) -> dict[str, Any]:
+        """Without its prompt: a list of jobs is read by others than who asked."""
+        return {
+            "id": self.id,
+            "object": "job",
+            "request_id": self.name,
+            "state": str(self.state),
+            "created": self.created,
+            "step": self.step,
+            "steps": self.steps,
+        }

@@ -1,0 +1,246 @@
+"""The bounded queue in front of the model, and the one thread that works it off.
+
+Only that thread touches the model. Whatever a job does, the next one finds the thread alive.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Protocol
+
+from diffquant.run import Result
+from diffquant.serve.jobs import Job, State, Stopped
+from diffquant.serve.refusals import Refused
+
+LOG = logging.getLogger("diffquant.serve")
+REMEMBERED = 256  # ended jobs whose state can still be asked for
+NEWER_COUNTS = 0.3  # weight of the latest job in the running mean of seconds per step
+
+
+class Worked(Protocol):
+    """What the line works with: see `engine.Engine`."""
+
+    def open(self) -> None: ...
+    def draw(self, job: Job) -> Result: ...
+    def recover(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Line:
+    """Jobs in the order they came.
+
+    ended   called with each job that has ended, and the seconds it waited and ran
+    failed  called when the engine cannot be opened at the start
+    """
+
+    def __init__(
+        self,
+        engine: Worked,
+        *,
+        size: int,
+        idle: float | None = None,
+        ended: Callable[[Job, float, float], None] | None = None,
+        failed: Callable[[Exception], None] | None = None,
+    ) -> None:
+        self.engine = engine
+        self.size = size
+        self.idle = idle
+        self.running: Job | None = None
+        self.failure: Exception | None = None
+        self.opened = threading.Event()
+        self._ended = ended
+        self._failed = failed
+        self._waiting: deque[Job] = deque()
+        self._live: OrderedDict[str, Job] = OrderedDict()
+        self._past: OrderedDict[str, dict[str, object]] = OrderedDict()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._is_open = False
+        self._step_seconds = 1.0
+        self._thread = threading.Thread(target=self._work, name="diffquant-worker", daemon=True)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def is_alive(self) -> bool:
+        """False once nothing will ever be drawn again."""
+        return self._thread.is_alive() and self.failure is None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the model is in memory."""
+        return self._is_open
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def join(self, job: Job) -> None:
+        """Put the job at the end. Raises Refused: 503 while nothing is drawn, 429 when full."""
+        with self._changed:
+            self._require_serving()
+            if len(self._waiting) >= self.size:
+                raise Refused(
+                    429, f"{self.size} requests wait already", code="queue_full",
+                    headers={"Retry-After": str(self._seconds_until_room())},
+                )
+            if job.name is not None and self.find(job.name) is not None:
+                raise Refused(
+                    409, f"a request called {job.name!r} is on its way", param="X-Request-Id"
+                )
+            self._waiting.append(job)
+            self._live[job.id] = job
+            self._changed.notify_all()
+
+    def find(self, name: str) -> Job | None:
+        """A job that has not ended, by its id or by what its client called it."""
+        jobs = list(self._live.values())
+        return next((job for job in jobs if name in (job.id, job.name)), None)
+
+    def live(self) -> list[Job]:
+        return list(self._live.values())
+
+    def past(self, name: str) -> dict[str, object] | None:
+        """What became of a job that has ended."""
+        return self._past.get(name)
+
+    def stop(self, job: Job, why: str) -> None:
+        """End a job: at once while it waits, at its next step when it runs."""
+        job.stop(why)
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+                self._finish(job, State.CANCELLED, Stopped(why))
+
+    def position(self, job: Job) -> int:
+        """Jobs before this one; 0 when it runs."""
+        waiting = list(self._waiting)
+        return waiting.index(job) + (self.running is not None) if job in waiting else 0
+
+    def seconds_left(self, job: Job) -> float:
+        """Estimated, from the seconds that recent steps took."""
+        waiting = list(self._waiting)
+        before = waiting[: waiting.index(job)] if job in waiting else []
+        ahead = [*before, *([self.running] if self.running not in (None, job) else [])]
+        steps = sum(each.steps_left for each in ahead if each is not None) + job.steps_left
+        return steps * self._step_seconds
+
+    def close(self, patience: float) -> None:
+        """Take nothing new, give what is here `patience` seconds, then stop it and the thread."""
+        until = time.monotonic() + patience
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            while self._live and self._thread.is_alive() and time.monotonic() < until:
+                self._changed.wait(timeout=0.1)
+        for job in self.live():
+            self.stop(job, "the server shuts down")
+        if self._thread.is_alive():
+            self._thread.join(timeout=30)
+
+    # ------------------------------------------------------------------------- the worker's thread
+
+    def _work(self) -> None:
+        if not self._open_first():
+            return
+        while (job := self._next()) is not None:
+            self.running = job
+            self._draw(job)
+            self.running = None
+        self._shut()
+
+    def _open_first(self) -> bool:
+        try:
+            self.engine.open()
+        except Exception as error:
+            LOG.exception("the model cannot be served")
+            self.failure = error
+            if self._failed is not None:
+                self._failed(error)
+            return False
+        self._is_open = True
+        self.opened.set()
+        return True
+
+    def _next(self) -> Job | None:
+        """Wait for a job; let the model go when none comes for long. None: the line is closed."""
+        with self._changed:
+            while not self._waiting and not self._closing:
+                patience = self.idle if self._is_open else None
+                if not self._changed.wait(timeout=patience) and not self._waiting:
+                    self._shut()
+            return self._waiting.popleft() if self._waiting else None
+
+    def _shut(self) -> None:
+        if self._is_open:
+            self.engine.close()
+            self._is_open = False
+
+    def _draw(self, job: Job) -> None:
+        started = time.monotonic()
+        try:
+            job.require_going()
+            job.state = State.RUNNING
+            job.moved()
+            if not self._is_open:
+                self.engine.open()
+                self._is_open = True
+            result = self.engine.draw(job)
+        except Stopped as stopped:
+            self._recover()
+            self._finish(job, State.CANCELLED, stopped, started)
+        except Exception as error:
+            LOG.exception("job %s failed", job.id)
+            self._recover()
+            self._finish(job, State.FAILED, error, started)
+        else:
+            self._learn(job, result)
+            self._finish(job, State.COMPLETED, result, started)
+
+    def _recover(self) -> None:
+        try:
+            self.engine.recover()
+        except Exception:
+            LOG.exception("recovering failed")
+
+    def _finish(
+        self, job: Job, state: State, end: Result | Exception, started: float | None = None
+    ) -> None:
+        now = time.monotonic()
+        began = now if started is None else started
+        job.state = state
+        with self._changed:
+            self._live.pop(job.id, None)
+            self._past[job.id] = job.to_json()
+            while len(self._past) > REMEMBERED:
+                self._past.popitem(last=False)
+            self._changed.notify_all()
+        if self._ended is not None:
+            self._ended(job, began - job.arrived, now - began)
+        if isinstance(end, Exception):
+            job.outcome.set_exception(end)
+        else:
+            job.outcome.set_result(end)
+        job.moved()
+
+    def _learn(self, job: Job, result: Result) -> None:
+        latest = result.seconds / job.steps
+        self._step_seconds += NEWER_COUNTS * (latest - self._step_seconds)
+
+    def _require_serving(self) -> None:
+        if self._closing:
+            raise Refused(503, "the server shuts down", code="closing")
+        if not self.is_alive:
+            raise Refused(503, "the model cannot be served; the log says why", code="not_ready")
+        if not self.opened.is_set():
+            raise Refused(
+                503, "the model is being loaded", code="not_ready", headers={"Retry-After": "5"}
+            )
+
+    def _seconds_until_room(self) -> int:
+        steps = self.running.steps_left if self.running else 1
+        return max(math.ceil(steps * self._step_seconds), 1)
