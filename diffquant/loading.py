@@ -145,7 +145,7 @@ class Inspection:
 _REPORTS: "weakref.WeakKeyDictionary[Any, Report]" = weakref.WeakKeyDictionary()
 
 
-def dry_run(model: ModelFlags, run: RunFlags = RunFlags()) -> DryRun:
+def dry_run(model: ModelFlags, run: RunFlags | None = None) -> DryRun:
     """Resolution, plans and kernel choices, from headers alone."""
     run = run or RunFlags()
     resolution = resolve.resolve(model)

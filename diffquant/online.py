@@ -79,7 +79,9 @@ def _ignored(plan: Plan, asked: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for pattern in asked:
         hit = [
-            path for path, known in names.items() if any(patterns.hits(pattern, name) for name in known)
+            path
+            for path, known in names.items()
+            if any(patterns.hits(pattern, name) for name in known)
         ]
         if not hit:
             near = patterns.nearest(pattern, names) or tuple(names)[:3]

@@ -65,7 +65,9 @@ def encoded(weight_NK: Tensor, recode: Recode, *, amax: Tensor | None = None) ->
     """
     if recode.rank is not None:
         return _beside_lowrank(weight_NK.float(), recode)
-    return _codes(weight_NK, recode, None if amax is None else _scale_for(amax.to(weight_NK.device), recode))
+    return _codes(
+        weight_NK, recode, None if amax is None else _scale_for(amax.to(weight_NK.device), recode)
+    )
 
 
 def lowrank(weight_NK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -131,4 +133,3 @@ def _weight(piece: Piece, held: Mapping[Role, Tensor]) -> Tensor:
 def _amax(weight_NK: Tensor) -> Tensor:
     low, high = weight_NK.aminmax()
     return torch.maximum(-low, high).cpu()
-

@@ -116,7 +116,7 @@ class Format:
     namings    family namings its files follow; empty: any
     proof      what our reading of it was held against: "true files", "owner's library", or
                "from description" where neither could be had
-    write      Plan and a target directory -> files other tools read (see `Writer`)
+    write      Plan -> Export, the way out; raises FormatError for what the dialect cannot say
     """
 
     evidence: Callable[[Checkpoint, Header], str | None]
@@ -129,17 +129,51 @@ class Format:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Export:
-    """What a file of a dialect consists of: tensor renames and configuration.
+class Outgoing:
+    """One tensor to store: a part of a layer, its full name, its order, and how it looks.
 
-    tensors    plan part (layer path, piece, role) -> stored tensor name and layout
-    config     entries for config.json
-    metadata   entries for the safetensors header
-    lossless   None, or what is lost
+    dtype   as safetensors spells it; None keeps what the plan has. Nothing is ever rounded into it
+    axes    "column" stores a vector as [N, 1], "blocks" two-dimensional blocks as [R, 1, C, 1]
+    filled  what fills the tensor where the plan has no such part; None: then there is no tensor
     """
 
-    tensors: Mapping[tuple[str, int, Role], StoredPart]
-    config: Mapping[str, object]
+    role: Role
+    tensor: str
+    layout: Layout = ROW_MAJOR
+    dtype: str | None = None
+    axes: Literal["column", "blocks"] | None = None
+    filled: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutgoingLayer:
+    """One weight to store, stacked along N from pieces of the plan.
+
+    members  (module path, index of the piece) in stored order; the row order inside is the reader's
+    pad      N and K grow to a multiple of it
+    """
+
+    name: str
+    members: tuple[tuple[str, int], ...]
+    parts: tuple[Outgoing, ...]
+    pad: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """What a file of a dialect consists of.
+
+    plain      stored tensor -> the plain parameters stacked in it along axis 0
+    naming     of the family, which the names follow
+    config     config.json of a component folder; None where the dialect is one file by itself
+    metadata   entries for the safetensors header
+    lossless   None, or what is lost as far as the plan tells
+    """
+
+    layers: tuple[OutgoingLayer, ...]
+    plain: Mapping[str, tuple[str, ...]]
+    naming: str
+    config: Mapping[str, object] | None
     metadata: Mapping[str, str]
     lossless: str | None = None
 

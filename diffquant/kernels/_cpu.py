@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     #: parts, rows, compute dtype -> those rows of the weight but for its outer scales [n, K]; valid
     #: until this thread's next call
     Decode = Callable[[Parts, slice, Dtype], Tensor]
+    #: parts -> what the product is to be multiplied with, () or [N]; None for nothing
+    Outer = Callable[[Parts], Tensor | None]
 
 #: Values per decoded chunk: 3 MB of bfloat16, which stays in a second-level cache.
 CHUNK = 512 * 3072
@@ -29,11 +31,8 @@ CHUNK = 512 * 3072
 _scratch = threading.local()
 
 
-def by_rows(spec: Spec, decode: "Decode", outer: "Callable[[Parts], Tensor | None] | None" = None) -> "Multiply":
-    """x [M, K] times a weight that `decode` makes chunk by chunk, times its outer scale.
-
-    outer  () or [N]; the product of tensor and channel scales where it is not given
-    """
+def by_rows(spec: Spec, decode: "Decode", outer: "Outer") -> "Multiply":
+    """x [M, K] times a weight that `decode` makes chunk by chunk, times its outer scale."""
     import torch
 
     n, k = spec.shape_NK
@@ -46,7 +45,7 @@ def by_rows(spec: Spec, decode: "Decode", outer: "Callable[[Parts], Tensor | Non
             rows = slice(start, min(start + step, n))
             # A strided slice is no legal out=; the product of one chunk is small.
             y_MN[:, rows] = wide @ decode(parts, rows, wide.dtype).T
-        scale = (outer or outer_scale)(parts)
+        scale = outer(parts)
         if scale is not None:
             y_MN.mul_(scale)
         return y_MN.to(x_MK.dtype)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from diffquant.encodings.fp8 import block_cell
 from diffquant.kernels import Kernel, Needs, Spec
-from diffquant.kernels._cpu import blocked, by_rows, e4m3
+from diffquant.kernels._cpu import blocked, by_rows, e4m3, outer_scale
 from diffquant.plan import Role
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def _build(spec: Spec) -> "Multiply":
             return chunk
         return blocked(chunk, parts[Role.BLOCK_SCALE], rows, cell, spec.shape_NK[0])
 
-    return by_rows(spec, decode)
+    return by_rows(spec, decode, outer_scale)
 
 
 KERNEL = Kernel(

@@ -7,7 +7,7 @@ added to the scaled code, the two terms are larger than their sum.
 from typing import TYPE_CHECKING
 
 from diffquant.kernels import Kernel, Needs, Spec
-from diffquant.kernels._cpu import by_rows, byte_pairs, grouped, paired, shifted
+from diffquant.kernels._cpu import by_rows, byte_pairs, grouped, outer_scale, paired, shifted
 from diffquant.plan import Role
 
 if TYPE_CHECKING:
@@ -27,23 +27,30 @@ def _build(spec: Spec) -> "Multiply":
     exact = Role.ZERO_POINT in spec.roles
 
     def decode(parts: "Parts", rows: slice, dtype: "Dtype") -> "Tensor":
-        chunk = paired(parts[Role.CODES][rows], pairs, k, torch.float32 if exact else dtype)
+        held = _trimmed(parts, k, named)
+        chunk = paired(held[Role.CODES][rows], pairs, k, torch.float32 if exact else dtype)
         if exact and not added:
-            shifted(chunk, -parts[Role.ZERO_POINT].float(), rows, n)
-        if Role.BLOCK_SCALE in parts:
-            scale = parts[Role.BLOCK_SCALE]
-            grouped(chunk, scale[rows, : _groups(k, named)], named or k // scale.shape[1])
+            shifted(chunk, -held[Role.ZERO_POINT].float(), rows, n)
+        if Role.BLOCK_SCALE in held:
+            scale = held[Role.BLOCK_SCALE]
+            grouped(chunk, scale[rows], named or k // scale.shape[1])
+        if exact and Role.CHANNEL_SCALE in held:
+            chunk.mul_(held[Role.CHANNEL_SCALE].float().reshape(n, 1)[rows])
         if exact and added:
-            zero = parts[Role.ZERO_POINT].float()
-            shifted(chunk, zero[:, : _groups(k, named)] if zero.ndim == 2 else zero, rows, n)
+            shifted(chunk, held[Role.ZERO_POINT].float(), rows, n)
         return chunk.to(dtype)
 
-    return by_rows(spec, decode)
+    return by_rows(spec, decode, (lambda parts: None) if exact else outer_scale)
 
 
-def _groups(columns: int, group: int) -> int | None:
-    """Groups that are not padding; all of them where the encoding names no group."""
-    return -(-columns // group) if group else None
+def _trimmed(parts: "Parts", columns: int, group: int) -> "Parts":
+    """The parts without groups beyond K, where the encoding names the group."""
+    if not group:
+        return parts
+    wanted = -(-columns // group)
+    padded = [role for role in (Role.BLOCK_SCALE, Role.ZERO_POINT) if role in parts]
+    cut = {role: parts[role][:, :wanted] for role in padded if parts[role].ndim == 2}
+    return {**parts, **cut}
 
 
 KERNEL = Kernel(

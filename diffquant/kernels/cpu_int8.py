@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from diffquant.encodings.fp8 import block_cell
 from diffquant.kernels import Kernel, Needs, Spec
-from diffquant.kernels._cpu import blocked, by_rows, shifted, whole
+from diffquant.kernels._cpu import blocked, by_rows, outer_scale, shifted, whole
 from diffquant.plan import Role
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def _build(spec: Spec) -> "Multiply":
             blocked(chunk, parts[Role.BLOCK_SCALE], rows, cell, spec.shape_NK[0])
         return chunk.to(dtype)
 
-    return by_rows(spec, decode)
+    return by_rows(spec, decode, outer_scale)
 
 
 KERNEL = Kernel(

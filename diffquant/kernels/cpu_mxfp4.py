@@ -6,7 +6,7 @@ Both are exact; the outer scales of the dual form, one per 512 columns, are roun
 from typing import TYPE_CHECKING
 
 from diffquant.kernels import Kernel, Needs, Spec
-from diffquant.kernels._cpu import by_rows, byte_pairs, grouped, paired, powers
+from diffquant.kernels._cpu import by_rows, byte_pairs, grouped, outer_scale, paired, powers
 from diffquant.plan import Role
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def _build(spec: Spec) -> "Multiply":
             grouped(chunk, parts[Role.OUTER_SCALE].reshape(spec.shape_NK[0], -1)[rows], OUTER_GROUP)
         return chunk
 
-    return by_rows(spec, decode)
+    return by_rows(spec, decode, outer_scale)
 
 
 KERNEL = Kernel(

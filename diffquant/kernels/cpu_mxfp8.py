@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from diffquant.kernels import Kernel, Needs, Spec
-from diffquant.kernels._cpu import by_rows, e4m3, grouped, powers
+from diffquant.kernels._cpu import by_rows, e4m3, grouped, outer_scale, powers
 from diffquant.plan import Role
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def _build(spec: Spec) -> "Multiply":
         scale = powers(parts[Role.BLOCK_SCALE][rows], dtype)
         return grouped(e4m3(parts[Role.CODES][rows], dtype), scale, GROUP)
 
-    return by_rows(spec, decode)
+    return by_rows(spec, decode, outer_scale)
 
 
 KERNEL = Kernel(

@@ -34,8 +34,10 @@ def _with_size(filled: Request, facts: Facts) -> Request:
         return filled
     missing = "width" if not filled.width else "height"
     raise Refused(
-        400, f"{missing} is needed: neither the preset nor {facts.pipeline_class.__name__} has one",
-        param=missing, code="missing_value",
+        400,
+        f"{missing} is needed: neither the preset nor {facts.pipeline_class.__name__} has one",
+        param=missing,
+        code="missing_value",
     )
 
 
@@ -69,7 +71,9 @@ def _require_limits(filled: Request, limits: Limits) -> None:
     for name, value, most in checks:
         if value > most:
             raise Refused(
-                400, f"{name} is {value}, at most {most} is served", param=name,
+                400,
+                f"{name} is {value}, at most {most} is served",
+                param=name,
                 code="limit_exceeded",
             )
 
@@ -105,5 +109,3 @@ def available_bytes(device: str) -> int | None:
 
         return torch.cuda.mem_get_info(device)[0]
     return None
-
-

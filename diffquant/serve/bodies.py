@@ -90,9 +90,7 @@ class ImageBody(BaseModel):
                 raise _ignored(name, f"{name} {value!r} would be ignored; possible: {known}")
         width, height = self._pixels()
         ours = {name: getattr(self, name) for name in _SAME_NAME}
-        return Request(
-            **ours, width=width, height=height, num_images_per_prompt=self.n or 1
-        )
+        return Request(**ours, width=width, height=height, num_images_per_prompt=self.n or 1)
 
     def delivery(self) -> Delivery:
         """How to bring it. Raises Refused for fields that contradict or would be ignored."""
@@ -121,14 +119,18 @@ class ImageBody(BaseModel):
         found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", self.size, re.ASCII)
         if found is None:
             raise Refused(
-                400, f"size {self.size[:40]!r} is not WIDTHxHEIGHT or auto", param="size",
+                400,
+                f"size {self.size[:40]!r} is not WIDTHxHEIGHT or auto",
+                param="size",
                 code="invalid_value",
             )
         width, height = int(found[1]), int(found[2])
         for name, value, sized in (("width", self.width, width), ("height", self.height, height)):
             if value not in (None, sized):
                 raise Refused(
-                    400, f"{name} {value} contradicts size {self.size}", param=name,
+                    400,
+                    f"{name} {value} contradicts size {self.size}",
+                    param=name,
                     code="invalid_value",
                 )
         return width, height
@@ -164,6 +166,8 @@ def named(model: str | None, served: Any) -> None:
     """Raise Refused, 404, when a model is asked for that is not served here."""
     if model is not None and model != served:
         raise Refused(
-            404, f"model {model[:80]!r} is not served here, {served!r} is", param="model",
+            404,
+            f"model {model[:80]!r} is not served here, {served!r} is",
+            param="model",
             code="model_not_found",
         )

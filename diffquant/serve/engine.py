@@ -143,7 +143,7 @@ def _facts(
 
 def _fields(kind: type) -> frozenset[str]:
     """Those of a request that mean something to the class; seed and fps are ours."""
-    taken = frozenset(inspect.signature(kind.__call__).parameters)  # type: ignore[operator]
+    taken = frozenset(inspect.signature(kind.__call__).parameters)
     known = {item.name for item in fields(run.Request)} & taken
     return frozenset({"seed", *known, *(("fps",) if "num_frames" in known else ())})
 

@@ -5,6 +5,7 @@ loopback names (a rebound DNS name is another name), and nobody's page may post 
 """
 
 import hmac
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -24,22 +25,29 @@ READING = frozenset({"GET", "HEAD"})
 
 
 class Gate:
-    """ASGI middleware around the whole app."""
+    """ASGI middleware around the whole app; `answered` is called with every status."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, answered: Callable[[int], None]) -> None:
         self.app = app
         self.settings = settings
+        self.answered = answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.answered(message["status"])
+            await send(message)
+
         try:
             self._check(scope)
         except Refused as refused:
-            await refused.answer(scope, receive, send)
+            await refused.answer(scope, receive, counted)
             return
-        await self.app(scope, self._measured(scope, receive), send)
+        await self.app(scope, self._measured(scope, receive), counted)
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
@@ -63,8 +71,10 @@ class Gate:
         right = hmac.compare_digest(given.strip().encode(), self.settings.api_key.encode())
         if word.lower() != "bearer" or not right:
             raise Refused(
-                401, "no API key, or a wrong one: send Authorization: Bearer KEY",
-                code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
+                401,
+                "no API key, or a wrong one: send Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
             )
 
     def _most(self, scope: Scope) -> int:

@@ -85,7 +85,9 @@ class Line:
             self._require_serving()
             if len(self._waiting) >= self.size:
                 raise Refused(
-                    429, f"{self.size} requests wait already", code="queue_full",
+                    429,
+                    f"{self.size} requests wait already",
+                    code="queue_full",
                     headers={"Retry-After": str(self._seconds_until_room())},
                 )
             if job.name is not None and self.find(job.name) is not None:

@@ -18,8 +18,8 @@ class Metrics:
         self.jobs = Counter("diffquant_jobs", "Jobs that ended.", ["state"], registry=registry)
         self.pictures = Counter("diffquant_pictures", "Pictures drawn.", registry=registry)
         self.steps = Counter("diffquant_steps", "Denoising steps done.", registry=registry)
-        self.refused = Counter(
-            "diffquant_refused", "Requests refused, by status.", ["status"], registry=registry
+        self.answers = Counter(
+            "diffquant_answers", "Answers, by HTTP status.", ["status"], registry=registry
         )
         self.waited = Histogram(
             "diffquant_queue_seconds", "In the queue.", buckets=SECONDS, registry=registry
@@ -31,6 +31,9 @@ class Metrics:
     def gauge(self, name: str, what: str, read: Callable[[], float]) -> None:
         """A gauge that is read when Prometheus asks."""
         Gauge(f"diffquant_{name}", what, registry=self.registry).set_function(read)
+
+    def answered(self, status: int) -> None:
+        self.answers.labels(status=str(status)).inc()
 
     def ended(self, job: Job, waited: float, drew: float) -> None:
         self.jobs.labels(state=str(job.state)).inc()

@@ -61,6 +61,7 @@ def _foreseen(scheduler: Any, predicted: Tensor, sample: Tensor, stepped: Any) -
     """x0 where the scheduler's prediction tells it, else the latents the step gave."""
     if type(scheduler).__name__.startswith("FlowMatch"):
         sigma = scheduler.sigmas[scheduler.step_index - 1].to(sample.device, torch.float32)
-        return sample.float() - sigma * predicted.float()
+        foreseen: Tensor = sample.float() - sigma * predicted.float()
+        return foreseen
     given: Tensor = stepped[0]
     return given

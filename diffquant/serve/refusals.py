@@ -1,6 +1,6 @@
 """Every way a request ends without its picture, in the body OpenAI's clients expect.
 
-    {"error": {"message": …, "type": …, "param": …, "code": …}}
+{"error": {"message": …, "type": …, "param": …, "code": …}}
 """
 
 import difflib
@@ -73,8 +73,10 @@ def of_failure(error: BaseException) -> Refused:
         return Refused(500, str(error), code="run_failed", headers=FINAL)
     if _is_out_of_memory(error):
         return Refused(
-            500, "the device ran out of memory: ask for fewer or smaller pictures",
-            code="out_of_memory", headers=FINAL,
+            500,
+            "the device ran out of memory: ask for fewer or smaller pictures",
+            code="out_of_memory",
+            headers=FINAL,
         )
     # Anything else is a defect of ours; its text may hold paths, so only the log has it.
     return Refused(500, f"{type(error).__name__} while drawing; the log has it", headers=FINAL)
@@ -98,7 +100,9 @@ def of_validation(errors: Sequence[Any], known: Sequence[str]) -> Refused:
         near = difflib.get_close_matches(param, known, n=1)
         advice = f"; did you mean {near[0]!r}?" if near else ""
         return Refused(
-            400, f"unknown field {param!r} would be ignored{advice}", param=param,
+            400,
+            f"unknown field {param!r} would be ignored{advice}",
+            param=param,
             code="unknown_parameter",
         )
     message = str(first["msg"]).removeprefix("Value error, ")

@@ -55,7 +55,7 @@ class Settings:
         if not (self.is_loopback or self.api_key or self.insecure):
             raise UsageError(
                 f"--host {self.host} lets others in without a key",
-                hint="--api-key \"$(openssl rand -hex 16)\", or --insecure if that is meant",
+                hint='--api-key "$(openssl rand -hex 16)", or --insecure if that is meant',
             )
 
 

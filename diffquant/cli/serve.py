@@ -1,0 +1,159 @@
+"""`diffquant serve`: a pipeline behind HTTP, until it is told to stop."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from diffquant import loading
+from diffquant.cli import _options, _talk
+from diffquant.cli._arguments import ModelCommand, Prepared
+from diffquant.errors import UsageError
+from diffquant.preset import for_model
+from diffquant.resolve import ModelFlags
+
+if TYPE_CHECKING:
+    from diffquant.serve.settings import Settings
+
+NEEDED = ("fastapi", "uvicorn", "prometheus_client", "multipart")
+ONLY_SERVING = (
+    click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS"),
+    click.option("--port", default=30000, show_default=True, type=click.IntRange(0, 65535)),
+    click.option(
+        "--api-key",
+        envvar="DIFFQUANT_API_KEY",
+        metavar="KEY",
+        help="Asked of every client; better in DIFFQUANT_API_KEY, which `ps` does not show.",
+    ),
+    click.option("--insecure", is_flag=True, help="Let others than this machine in without a key."),
+    click.option("--served-model-name", metavar="NAME", help="What clients call it. [the source]"),
+    click.option(
+        "--queue-size",
+        default=32,
+        show_default=True,
+        type=click.IntRange(min=1),
+        help="Requests that may wait; the next one is told to come back.",
+    ),
+    click.option(
+        "--timeout",
+        default=600.0,
+        show_default=True,
+        type=click.FloatRange(min=0.1),
+        metavar="SECONDS",
+        help="From a request to its picture.",
+    ),
+    click.option(
+        "--idle-unload",
+        type=click.FloatRange(min=0.1),
+        metavar="SECONDS",
+        help="Let the model go after so long without a request. [never]",
+    ),
+    click.option(
+        "--drain",
+        default=60.0,
+        show_default=True,
+        type=click.FloatRange(min=0),
+        metavar="SECONDS",
+        help="What requests get that are here when the server is told to stop.",
+    ),
+    click.option("--ssl-keyfile", type=click.Path(exists=True, dir_okay=False), metavar="FILE"),
+    click.option("--ssl-certfile", type=click.Path(exists=True, dir_okay=False), metavar="FILE"),
+)
+
+
+@click.command(cls=ModelCommand, short_help="Put a pipeline behind HTTP.")
+@_options.options(ONLY_SERVING, _options.MODEL, _options.RUN, _options.SETTINGS)
+@click.pass_obj
+def COMMAND(prepared: Prepared, /, **values: Any) -> None:
+    """Serve a pipeline to openai's clients, and to a browser at `/`.
+
+    \b
+    diffquant serve
+    diffquant serve --model-path black-forest-labs/FLUX.1-dev \\
+        --transformer-path lmsys/flux1-dev-modelopt-fp8-sglang-transformer --port 30000
+
+    POST /v1/images/generations draws; /health, /ready, /server_info, /v1/plan and /metrics tell.
+    SIGTERM takes nothing new and finishes what is here.
+    """
+    _require_installed()
+    model = _options.model_flags(values, prepared)
+    dry = _options.dry_run(model, _options.run_flags(values, prepared))
+    if not dry.device.present:
+        raise UsageError(f"there is no {dry.device.name} here to draw on", hint="--device cpu")
+    for text in (
+        *prepared.notes,
+        *(fired.sentence for fired in dry.resolution.fired if fired.loud),
+    ):
+        _talk.note(text)
+    _talk.quiet()
+    _serve(model, dry, values)
+
+
+def _serve(model: ModelFlags, dry: loading.DryRun, values: Mapping[str, Any]) -> None:
+    """Until a signal, or until the model turns out not to be servable."""
+    from diffquant.serve.app import listen, server
+    from diffquant.serve.engine import Engine
+    from diffquant.serve.service import Service
+
+    settings = _settings(values)
+    settings.require_safe()
+    _talk.quiet_bars()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    preset = for_model(*dry.resolution.model_names)
+    engine = Engine(
+        partial(loading.load, model, dry.run),
+        defaults=preset.defaults if preset else {},
+        flags=_flags(model, dry.run),
+    )
+    failures: list[Exception] = []
+
+    def failed(error: Exception) -> None:
+        failures.append(error)
+        running.should_exit = True
+
+    service = Service(engine, settings, model=_name(dry, values), failed=failed)
+    running = server(
+        service, ssl_keyfile=values["ssl_keyfile"], ssl_certfile=values["ssl_certfile"]
+    )
+    with listen(settings.host, settings.port) as door:
+        _talk.say(f"serving {service.model} at {_address(door.getsockname(), values)}")
+        running.run(sockets=[door])
+    if failures:
+        raise failures[0]
+    _talk.say("stopped")
+
+
+def _settings(values: Mapping[str, Any]) -> "Settings":
+    from diffquant.serve.settings import Settings
+
+    return Settings(**_options.given(Settings, values))
+
+
+def _name(dry: loading.DryRun, values: Mapping[str, Any]) -> str:
+    """As typed; a path's last part, because clients need not know where things lie."""
+    typed = values["served_model_name"] or values["model_id"]
+    return str(typed or dry.resolution.model_names[0].rstrip("/").rpartition("/")[2])
+
+
+def _flags(model: ModelFlags, run: loading.RunFlags) -> dict[str, Any]:
+    """For the record inside every picture: what was typed."""
+    typed = {**asdict(model), **asdict(run)}
+    return {name: value for name, value in typed.items() if value and name != "pinned"}
+
+
+def _address(name: tuple[Any, ...], values: Mapping[str, Any]) -> str:
+    host, port = name[:2]
+    scheme = "https" if values["ssl_certfile"] else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def _require_installed() -> None:
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"serving needs {', '.join(missing)}", hint="pip install 'diffquant[serve]'"
+        )

@@ -1,0 +1,96 @@
+"""Everything a route needs, made once: settings, engine, line, shelf, metrics."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from diffquant.serve.engine import Engine, Facts
+from diffquant.serve.jobs import Job
+from diffquant.serve.line import Line
+from diffquant.serve.metrics import Metrics
+from diffquant.serve.pictures import Shelf
+from diffquant.serve.refusals import Refused
+from diffquant.serve.settings import Settings
+
+LOG = logging.getLogger("diffquant.serve")
+
+
+class Service:
+    """One served pipeline.
+
+    model   the name it is served under
+    failed  called when the model cannot be loaded, or a kernel is wrong
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        *,
+        model: str,
+        failed: Callable[[Exception], None] | None = None,
+    ) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.model = model
+        self.created = int(time.time())
+        self.shelf = Shelf()
+        self.metrics = Metrics()
+        self.line = Line(
+            engine,
+            size=settings.queue_size,
+            idle=settings.idle_unload,
+            ended=self._ended,
+            failed=failed,
+        )
+        self.metrics.gauge("queue_length", "Jobs that wait.", lambda: self.line.waiting)
+        self.metrics.gauge("running", "Jobs on the device.", lambda: self.line.running is not None)
+        self.metrics.gauge("loaded", "Whether the model is in memory.", lambda: self.line.is_open)
+
+    @property
+    def facts(self) -> Facts:
+        """What is known of the pipeline. Raises Refused, 503, before it was loaded once."""
+        if self.engine.facts is None:
+            raise Refused(
+                503, "the model is being loaded", code="not_ready", headers={"Retry-After": "5"}
+            )
+        return self.engine.facts
+
+    def info(self) -> dict[str, Any]:
+        """What runs here, for /server_info."""
+        facts, limits = self.facts, self.settings.limits
+        return {
+            "model": self.model,
+            "pipeline": facts.pipeline_class.__name__,
+            "truth": list(facts.report.truth_lines),
+            "device": facts.report.device,
+            "dtype": facts.report.dtype,
+            "numerics": facts.report.numerics,
+            "loaded": self.line.is_open,
+            "defaults": dict(facts.defaults),
+            "fields": sorted(facts.fields - self._meaningless(facts)),
+            "previews": facts.previews,
+            "limits": {name: getattr(limits, name) for name in limits.__slots__},
+            "queue": {
+                "size": self.settings.queue_size,
+                "waiting": self.line.waiting,
+                "running": self.line.running is not None,
+            },
+            "timeout": self.settings.timeout,
+        }
+
+    def _meaningless(self, facts: Facts) -> frozenset[str]:
+        return frozenset({"guidance_scale"} if facts.no_guidance else ())
+
+    def _ended(self, job: Job, waited: float, drew: float) -> None:
+        self.metrics.ended(job, waited, drew)
+        LOG.info(
+            "job=%s state=%s user=%s steps=%d waited=%.3f drew=%.3f",
+            job.id,
+            job.state,
+            job.user or "-",
+            job.step,
+            waited,
+            drew,
+        )
