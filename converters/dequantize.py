@@ -11,6 +11,7 @@ one layer is decoded at a time.
 """
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -226,12 +227,11 @@ def main(
 @contextmanager
 def _bar() -> Iterator[Progress | None]:
     """A bar on stderr, where stderr is a terminal."""
-    stream = click.get_text_stream("stderr")
-    if not stream.isatty():
+    if not sys.stderr.isatty():
         yield None
         return
     bar: Any
-    with click.progressbar(length=1, label="decoding", file=stream) as bar:
+    with click.progressbar(length=1, label="decoding", file=sys.stderr) as bar:
 
         def told(done: int, total: int, name: str) -> None:
             bar.length = total

@@ -8,15 +8,18 @@ Importing this package imports no torch; the first call that needs it does.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from diffquant.compare.comparison import Comparison
     from diffquant.loading import Inspection, Report
     from diffquant.plan import Plan
 
-__all__ = ["__version__", "inspect", "load", "load_component", "plan", "report"]
+__all__ = ["__version__", "compare", "inspect", "load", "load_component", "plan", "report"]
 
 __version__ = "0.1.0"
 
@@ -27,6 +30,7 @@ def load(model_path: str | None = None, **flags: Any) -> Any:
     model_path  directory, `org/repo[@revision]` or bundled name; None: the bundled pipeline
     flags       the command line's names: transformer_path, transformer_weights_path,
                 component_paths, component_weights_paths, device, dtype, numerics, kernel, strict,
+                lora (each "SOURCE[:scale]"),
                 local_files_only, revision …
 
     Raises DiffquantError with a hint for anything that does not fit, UsageError for unknown flags.
@@ -59,6 +63,53 @@ def inspect(source: str, *, deep: bool = False, **where: Any) -> "Inspection":
     from diffquant.loading import inspect as inspect_source
 
     return inspect_source(source, deep=deep, **where)
+
+
+def compare(
+    model_path: str | None = None,
+    *,
+    prompts: Sequence[str] = (),
+    seeds: Sequence[int] = (42,),
+    candidates: Sequence[Mapping[str, Any]] = (),
+    reference: Mapping[str, Any] | None = None,
+    level: str = "smoke",
+    thresholds: Mapping[str, float] | None = None,
+    saved_reference: "Path | None" = None,
+    save_reference: "Path | None" = None,
+    **flags: Any,
+) -> "Comparison":
+    """Draw the same noise with the BF16 base and with each candidate, and judge: see `.ok`,
+    `.first_failure`, `.candidates`, `.to_json()`, `.to_markdown()`.
+
+    prompts, seeds    every prompt is drawn with every seed
+    candidates        flags of `load` that each candidate has of its own; none: one, by `flags`
+    reference         flags of `load` that the reference has of its own
+    thresholds        limits in place of the level's: {"psnr": 28}
+    saved_reference   a capture to use instead of drawing; save_reference: where to keep one
+    flags             those of `load`, for all candidates, and width, height, num_inference_steps …
+
+    Raises DiffquantError where a side cannot be loaded, or the comparison would be unfair.
+    """
+    from diffquant.compare import Question, requests
+    from diffquant.compare import compare as answer
+    from diffquant.compare.asking import sides
+    from diffquant.run import Request
+
+    drawing = {name: flags.pop(name) for name in list(flags) if name in Request.__slots__}
+    model, run = _sorted_flags(model_path, flags)
+    ours, theirs = sides(model, run, reference=reference or {}, candidates=candidates)
+    asked = requests(Request(**drawing), prompts, seeds) if prompts or not saved_reference else ()
+    return answer(
+        Question(
+            reference=ours,
+            candidates=theirs,
+            requests=asked,
+            level=level,
+            thresholds=thresholds or {},
+            saved=saved_reference,
+            save_reference=save_reference,
+        )
+    )
 
 
 def report(pipeline: Any) -> "Report":

@@ -29,7 +29,7 @@ from torch import Tensor, zeros
 
 from diffquant.errors import PlanError
 from diffquant.pieces import dense
-from diffquant.plan import DENSE, LayerPlan, Plan
+from diffquant.plan import LayerPlan, Plan
 from diffquant.tensors import Weights
 
 #: A layer's error may be this many times the median of its encoding.
@@ -208,19 +208,48 @@ def _suspicion(each: LayerFidelity, ours: _Side, base: _Side, plain: frozenset[s
         return "left unquantized"
     if not each.is_outlier():
         return None
-    return _exchanged(each, ours, base) or _rescaled(each, ours, base) or _biased(each)
-
-
-def _exchanged(each: LayerFidelity, ours: _Side, base: _Side) -> str | None:
-    """Another layer of the base that the weight is much nearer to than to its own."""
-    assert each.fidelity is not None
-    found = ours.weight(each.path)
+    found, truth = ours.weight(each.path), base.weight(each.path)
+    # What explains an error leaves at most half of it.
     limit = min(each.fidelity.relative_error, LOST) / 2
-    for other in islice(_strangers(each.path, base), STRANGERS):
-        error = layer_fidelity(base.weight(other), found).relative_error
-        if error < limit:
-            return f"{_told(each.path, other)} exchanged? it matches {other!r} of the base"
+    return (
+        _exchanged(each.path, found, base, limit)
+        or _halved(found, truth, limit)
+        or _rescaled(found, truth, limit)
+        or _different(each)
+    )
+
+
+def _exchanged(path: str, found: Tensor, base: _Side, limit: float) -> str | None:
+    """Another layer of the base that the weight is much nearer to than to its own."""
+    for other in islice(_strangers(path, base), STRANGERS):
+        if layer_fidelity(base.weight(other), found).relative_error < limit:
+            return f"{_told(path, other)} exchanged? it matches {other!r} of the base"
     return None
+
+
+def _halved(found: Tensor, truth: Tensor, limit: float) -> str | None:
+    """Whether its first half of rows is the base's second one, and the other way round."""
+    swapped = truth.roll(len(truth) // 2, 0)
+    if layer_fidelity(swapped, found).relative_error < limit:
+        return "its halves are exchanged: shift and scale?"
+    return None
+
+
+def _rescaled(found: Tensor, truth: Tensor, limit: float) -> str | None:
+    """Whether one factor per row or per column explains the error."""
+    for axis, name in ((1, "rows"), (0, "columns")):
+        fitted = (found * truth).sum(axis, keepdim=True)
+        fitted = fitted / truth.square().sum(axis, keepdim=True).clamp(min=1e-30)
+        if layer_fidelity(truth * fitted, found).relative_error < limit:
+            return f"{name} are scaled: a scale dropped, divided, or smoothing left in it?"
+    return None
+
+
+def _different(each: LayerFidelity) -> str | None:
+    if each.bias_error > BIAS:
+        return "the bias is not the base's: a shift or an added 1 forgotten?"
+    is_lost = each.fidelity is not None and each.fidelity.relative_error > LOST
+    return "the weight is not the base's" if is_lost else None
 
 
 def _strangers(path: str, base: _Side) -> Iterator[str]:
@@ -241,27 +270,6 @@ def _told(path: str, other: str) -> str:
     return f"{path!r} and {other!r}"
 
 
-def _rescaled(each: LayerFidelity, ours: _Side, base: _Side) -> str | None:
-    """Whether one factor per row or per column explains most of the error."""
-    assert each.fidelity is not None
-    found, truth = ours.weight(each.path), base.weight(each.path)
-    for axis, name in ((1, "rows"), (0, "columns")):
-        fitted = (found * truth).sum(axis, keepdim=True)
-        fitted = fitted / truth.square().sum(axis, keepdim=True).clamp(min=1e-30)
-        left = layer_fidelity(truth * fitted, found).relative_error
-        if left < min(each.fidelity.relative_error, LOST) / 2:
-            return f"{name} are scaled: smoothing moved into it, or a scale dropped?"
-    return "the weight is not the base's" if each.fidelity.relative_error > LOST else None
-
-
-def _biased(each: LayerFidelity) -> str | None:
-    return (
-        "the bias is not the base's: a shift or an added 1 forgotten?"
-        if each.bias_error > BIAS
-        else None
-    )
-
-
 def _left_plain(plan: Plan) -> Iterator[str]:
     """Dense layers of a kind that is quantized in most blocks."""
     narrow = {layer.path for layer in plan.quantized}
@@ -270,7 +278,6 @@ def _left_plain(plan: Plan) -> Iterator[str]:
     for layer in plan.layers:
         name = _kind(layer.path)
         if layer.path not in narrow and 2 * quantized[name] > total[name]:
-            assert layer.encodings == (DENSE.name,)
             yield layer.path
 
 

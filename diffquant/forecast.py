@@ -1,7 +1,7 @@
 """Plans and device -> how much memory each stage of a run takes, from headers alone.
 
-What is counted: weights as stored, the largest layer decoded, the other components' weights. What
-is not: activations, which depend on the size of the picture, and the interpreter with torch (about
+What is counted: weights as stored, what quantizing while loading makes of them, the largest layer
+decoded, the other components' weights. What is not: activations, which depend on the size of the picture, and the interpreter with torch (about
 0.4 GB of host memory).
 """
 
@@ -11,10 +11,13 @@ from pathlib import Path
 
 from diffquant import headers, sources
 from diffquant.device import Device
-from diffquant.plan import Part, Plan
+from diffquant.encodings import ENCODINGS
+from diffquant.plan import Part, Piece, Plan, Recode, Role
 from diffquant.sources import PipelineFolder
 
 COMPUTE_BYTES = 2  # of one decoded weight: bfloat16
+#: What encoding holds beside the result: the layer as it was, and as much again to work on.
+LAYERS_AT_ONCE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +48,26 @@ def forecast(plans: Mapping[str, Plan], pipeline: PipelineFolder, device: Device
     """Peaks of loading and of drawing when every component stays on the device.
 
     On a CPU weights are mapped from disk, so that the host holds them once. Elsewhere they pass
-    through the host one layer at a time and stay on the device.
+    through the host one layer at a time and stay on the device. Weights that are quantized while
+    loading count twice on a CPU, because what they are made from stays mapped.
     """
-    encoded = sum(stored_bytes(plan) for plan in plans.values())
+    stored = sum(stored_bytes(plan) for plan in plans.values())
+    made = sum(recoded_bytes(plan) for plan in plans.values())
+    replaced = sum(_replaced_bytes(plan) for plan in plans.values())
     others = _others(pipeline, plans)
     scratch = max((_largest_decoded(plan) for plan in plans.values()), default=0)
     layer = max((_largest_stored(plan) for plan in plans.values()), default=0)
-    resident = encoded + others
+    working = LAYERS_AT_ONCE * layer if made else 0
     if device.kind == "cpu":
+        held = stored + made + others
         return Forecast(
-            stages=(Stage("load", resident, 0), Stage("draw", resident + scratch, 0)),
+            stages=(Stage("load", held + working, 0), Stage("draw", held + scratch, 0)),
         )
+    resident = stored - replaced + made + others
     # diffusers holds one whole component in host memory while it moves it.
     passing = max(layer, _largest_component(pipeline, plans))
     return Forecast(
-        stages=(Stage("load", passing, resident), Stage("draw", 0, resident + scratch)),
+        stages=(Stage("load", passing, resident + working), Stage("draw", 0, resident + scratch)),
     )
 
 
@@ -68,6 +76,50 @@ def stored_bytes(plan: Plan) -> int:
     sizes = _sizes(plan)
     parts = {part.ref for part in _parts(plan)}
     return sum(sizes[ref.file, ref.name] for ref in parts)
+
+
+def recoded_bytes(plan: Plan) -> int:
+    """Bytes of everything that quantizing while loading makes; 0 for a plan that does not."""
+    return sum(
+        _encoded_bytes(piece, piece.recode)
+        for layer in plan.layers
+        for piece in layer.pieces
+        if piece.recode is not None
+    )
+
+
+def _encoded_bytes(piece: Piece, recode: Recode) -> int:
+    """Codes, scales and low-rank branch of one piece."""
+    n, k = len(piece.out), len(piece.cols)
+    codec = ENCODINGS.load(recode.encoding.name)
+    group = codec.group or recode.group or k
+    block = (-(-n // group) if recode.granularity == "block" else n) * -(-k // group)
+    rank = min(recode.rank or 0, n, k)
+    sizes = {
+        Role.CODES: int(n * k * codec.bits) // 8,
+        # Encodings of a fixed group have scales of one byte, all others of four.
+        Role.BLOCK_SCALE: block if codec.group else 4 * block,
+        Role.CHANNEL_SCALE: 4 * n,
+        Role.TENSOR_SCALE: 4,
+        Role.OUTER_SCALE: 4 * n * -(-k // (recode.group or k)),
+        Role.LOWRANK_UP: COMPUTE_BYTES * n * rank,
+        Role.LOWRANK_DOWN: COMPUTE_BYTES * k * rank,
+    }
+    return sum(sizes[role] for role in recode.roles)
+
+
+def _replaced_bytes(plan: Plan) -> int:
+    """Bytes of the stored weights that something else is made from while loading."""
+    sizes = _sizes(plan)
+    replaced = {
+        part.ref
+        for layer in plan.layers
+        for piece in layer.pieces
+        if piece.recode is not None
+        for part in piece.parts
+        if part.role is not Role.BIAS
+    }
+    return sum(sizes[ref.file, ref.name] for ref in replaced)
 
 
 def _parts(plan: Plan) -> Iterable[Part]:

@@ -8,9 +8,10 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffquant import audit, device, headers, online, planner, resolve, sources
+from diffquant import adapters, audit, device, headers, online, planner, resolve, sources
 from diffquant.device import Device
 from diffquant.errors import UsageError
 from diffquant.formats import NO_HINTS, Hints
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from diffquant.fidelity import LayerFidelity
+    from diffquant.lora import Adapter
 
 #: component, layers done, layers in all
 Progress = Callable[[str, int, int], None]
@@ -41,6 +43,8 @@ class RunFlags:
     """What was typed about running: device, compute dtype, numerics and kernels.
 
     pinned  component -> layer -> kernel, from a picture's metadata: run exactly these
+    lora    each `[COMPONENT=]SOURCE[:scale]`, all active together
+    save_quantized  a folder to write what is quantized while loading to; it must not exist
     """
 
     device: str | None = None
@@ -48,6 +52,8 @@ class RunFlags:
     numerics: Numerics = "auto"
     kernel: str | None = None
     strict: bool = False
+    lora: tuple[str, ...] = ()
+    save_quantized: str | None = None
     pinned: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
@@ -71,7 +77,8 @@ class DryRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a loaded pipeline runs: plans, choices, the rules that fired, the truth lines."""
+    """What a loaded pipeline runs: plans, choices, the rules that fired, the truth lines, and the
+    LoRAs it was loaded with."""
 
     plans: Mapping[str, Plan]
     choices: Mapping[str, tuple[Choice, ...]]
@@ -80,6 +87,7 @@ class Report:
     device: str
     dtype: str
     numerics: str
+    lora: "tuple[Adapter, ...]" = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plan digests, the kernel of each layer and the truth lines, as JSON values."""
@@ -89,6 +97,7 @@ class Report:
             "device": self.device,
             "dtype": self.dtype,
             "numerics": self.numerics,
+            "lora": [adapter.to_json() for adapter in self.lora],
             "components": {
                 name: {
                     "format": plan.format,
@@ -149,6 +158,9 @@ def dry_run(model: ModelFlags, run: RunFlags | None = None) -> DryRun:
     """Resolution, plans and kernel choices, from headers alone."""
     run = run or RunFlags()
     resolution = resolve.resolve(model)
+    if run.save_quantized:
+        wishes = [source.online for source in resolution.components.values() if source.online]
+        online.require_saveable(wishes, Path(run.save_quantized))
     place = device.probe() if run.device is None else device.parse(run.device)
     plans = {name: component_plan(source) for name, source in resolution.components.items()}
     choices = {name: choose_all(plan, place, run, name) for name, plan in plans.items()}
@@ -189,12 +201,18 @@ def load(
     """The diffusers pipeline, its quantized transformers in place; `report` tells what runs."""
     import torch
 
+    from diffquant import lora
     from diffquant.attach import attach
 
-    dry = dry_run(model or ModelFlags(), run)
+    model = model or ModelFlags()
+    dry = dry_run(model, run)
     place, dtype = torch.device(dry.device.torch_name), _dtype(dry.run.dtype)
+    if dry.run.save_quantized:
+        save_quantized(dry, on_progress=on_progress)
     modules = {name: build(dry, name, place, dtype, on_progress=on_progress) for name in dry.plans}
     pipeline = attach(dry.resolution.pipeline.root, modules, device=place, dtype=dtype)
+    lora.prepare(pipeline)
+    lora.load(pipeline, dry.run.lora, local_files_only=model.local_files_only)
     _REPORTS[pipeline] = Report(
         plans=dry.plans,
         choices=dry.choices,
@@ -203,6 +221,7 @@ def load(
         device=dry.device.torch_name,
         dtype=str(dtype).removeprefix("torch."),
         numerics=dry.run.numerics,
+        lora=lora.adapters(pipeline) if dry.run.lora else (),
     )
     return pipeline
 
@@ -212,10 +231,9 @@ def build(
 ) -> "nn.Module":
     """One component's module: settled plan, choices of the settled plan, weights."""
     from diffquant.materialize import materialize
-    from diffquant.settle import of_checkpoint, settle
 
-    plan, source = dry.plans[component], dry.resolution.components[component]
-    settled = settle(plan, of_checkpoint(source.base, source.config) if plan.open else None)
+    plan = dry.plans[component]
+    settled = settled_plan(dry, component)
     choices = dry.choices[component]
     if settled is not plan:
         choices = choose_all(settled, dry.device, dry.run, component)
@@ -225,6 +243,37 @@ def build(
             on_progress(component, done, total)
 
     return materialize(settled, choices, device=place, dtype=dtype, on_layer=told)
+
+
+def save_quantized(dry: DryRun, *, on_progress: Progress | None = None) -> None:
+    """Write every component that is quantized while loading to `dry.run.save_quantized`, in the format
+    its scheme is saved as. Raises FormatError for what that format cannot say."""
+    from diffquant.saving import save
+
+    for component, folder in _saved_folders(dry).items():
+        wish = dry.resolution.components[component].online
+        assert wish is not None, "only components with a wish have a folder"
+
+        def told(done: int, total: int, name: str = component) -> None:
+            if on_progress is not None:
+                on_progress(name, done, total)
+
+        save(settled_plan(dry, component), wish, folder, on_progress=told)
+
+
+def _saved_folders(dry: DryRun) -> dict[str, Path]:
+    """The folder itself for one component, one inside it for each of several."""
+    output = Path(dry.run.save_quantized or "")
+    wishes = [name for name, source in dry.resolution.components.items() if source.online]
+    return {name: output / name if len(wishes) > 1 else output for name in wishes}
+
+
+def settled_plan(dry: DryRun, component: str) -> Plan:
+    """The plan of a component with its open questions answered from data."""
+    from diffquant.settle import of_checkpoint, settle
+
+    plan, source = dry.plans[component], dry.resolution.components[component]
+    return settle(plan, of_checkpoint(source.base, source.config) if plan.open else None)
 
 
 def report(pipeline: Any) -> Report:
@@ -263,6 +312,14 @@ def inspect(
         return Inspection(checkpoint=checkpoint, plan=drawn.plan, problems=problems)
     plan, fidelity = _compared(drawn.plan, original, config, on_layer)
     return Inspection(checkpoint=checkpoint, plan=plan, problems=(), fidelity=fidelity)
+
+
+def inspect_lora(lora: str, source: str, **where: Any) -> adapters.Reach:
+    """What the LoRA at `lora` would reach in the model at `source`, from the headers of both."""
+    checkpoint = sources.checkpoint(source, **where)
+    plan = planner.plan(checkpoint, headers.read(checkpoint.files), config=checkpoint.config)
+    files = sources.checkpoint(lora, local_files_only=bool(where.get("local_files_only"))).files
+    return adapters.reach(headers.read(files), plan)
 
 
 def described_by(checkpoint: Checkpoint, base: Checkpoint | None) -> Mapping[str, Any]:

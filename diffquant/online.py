@@ -7,6 +7,7 @@ says why. Layers that stay say why too, and the notes count them.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from diffquant import patterns, preset
 from diffquant.errors import UsageError
@@ -18,6 +19,7 @@ from diffquant.schemes import SCHEMES, Scheme
 SCOPES = ("all", "mlp", "attention")
 FLAG = "--quantization"
 IGNORED_FLAG = "--quantization-ignored-layers"
+SAVE_FLAG = "--save-quantized"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,17 @@ class Online:
     requantize: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """Why a layer is left as it is: the rule, and what is behind it."""
+
+    rule: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.rule} ({self.reason})" if self.reason else self.rule
+
+
 def requantized(plan: Plan, online: Online) -> Plan:
     """The plan with every layer the wish reaches quantized to its scheme.
 
@@ -45,38 +58,62 @@ def requantized(plan: Plan, online: Online) -> Plan:
     know, and where no layer is left; PresetError for a preset that does not fit the model.
     """
     scheme, family = SCHEMES.load(online.scheme), FAMILIES.load(plan.family)
-    reasons = _reasons(plan, scheme, family, online)
-    shared = _siblings(family, [layer.path for layer in plan.layers if layer.path not in reasons])
+    stays = _stays(plan, scheme, family, online)
+    shared = _siblings(family, [layer.path for layer in plan.layers if layer.path not in stays])
     layers = tuple(
-        _kept(layer, reasons[layer.path])
-        if layer.path in reasons
+        replace(layer, why=f"{layer.why}; stays: {stays[layer.path].rule}")
+        if layer.path in stays
         else _recoded(layer, scheme, online.scheme, shared.get(layer.path))
         for layer in plan.layers
     )
-    _require_any(plan, reasons, online)
-    return replace(plan, layers=layers, notes=(*plan.notes, *_notes(plan, reasons, online)))
+    _require_any(plan, stays, online)
+    return replace(plan, layers=layers, notes=(*plan.notes, *_notes(plan, stays, online)))
+
+
+def require_saveable(wishes: Iterable[Online], output: Path) -> None:
+    """Raises UsageError where --save-quantized has nothing to save, no dialect to save it in, or no
+    room: an existing folder is never written into."""
+    schemes = [wish.scheme for wish in wishes]
+    if not schemes:
+        raise UsageError(
+            f"{SAVE_FLAG} {output} has nothing to save: nothing is quantized while loading",
+            hint=f"add {FLAG} NAME, or leave {SAVE_FLAG} out",
+        )
+    lost = next((name for name in schemes if SCHEMES.load(name).saved_as is None), None)
+    if lost is not None:
+        raise UsageError(
+            f"{SAVE_FLAG}: no dialect stores {lost} as it is made while loading",
+            hint=f"{FLAG} one of: {', '.join(saveable())}",
+        )
+    if output.exists():
+        raise UsageError(f"{SAVE_FLAG} {output} exists", hint="name a folder that does not")
+
+
+def saveable() -> tuple[str, ...]:
+    """Schemes whose result can be stored."""
+    return tuple(name for name, scheme in SCHEMES.load_all().items() if scheme.saved_as)
 
 
 # which layers stay -----------------------------------------------------------------------------
 
 
-def _reasons(plan: Plan, scheme: Scheme, family: Family, online: Online) -> dict[str, str]:
-    """Layer -> why it stays; the first reason counts, what a person typed before what we know."""
+def _stays(plan: Plan, scheme: Scheme, family: Family, online: Online) -> dict[str, Stay]:
+    """Layer -> why it stays; the first rule counts, what a person typed before what we know."""
     paths = [layer.path for layer in plan.layers]
     found = _ignored(plan, online.ignored)
-    for reasons in (
+    for stays in (
         _out_of_scope(paths, family, plan.family, online.scope),
         {} if online.quantize_all else _sensitive(paths, scheme, family, plan.family),
         dict(_unfit(plan.layers, scheme, online)),
     ):
-        found = {**reasons, **found}
+        found = {**stays, **found}
     return found
 
 
-def _ignored(plan: Plan, asked: Sequence[str]) -> dict[str, str]:
+def _ignored(plan: Plan, asked: Sequence[str]) -> dict[str, Stay]:
     """Typed patterns name layers by module path or by the names the file uses."""
     names = {layer.path: _names(layer) for layer in plan.layers}
-    found: dict[str, str] = {}
+    found: dict[str, Stay] = {}
     for pattern in asked:
         hit = [
             path
@@ -89,7 +126,7 @@ def _ignored(plan: Plan, asked: Sequence[str]) -> dict[str, str]:
                 f"{IGNORED_FLAG} {pattern} hits no linear layer", hint=f"nearest: {', '.join(near)}"
             )
         for path in hit:
-            found.setdefault(path, f"{IGNORED_FLAG} {pattern}")
+            found.setdefault(path, Stay(f"{IGNORED_FLAG} {pattern}"))
     return found
 
 
@@ -100,12 +137,14 @@ def _names(layer: LayerPlan) -> frozenset[str]:
 
 def _out_of_scope(
     paths: Sequence[str], family: Family, family_name: str, scope: str
-) -> dict[str, str]:
+) -> dict[str, Stay]:
     if scope == "all":
         return {}
     wanted: Mapping[str, Sequence[str]] = {"mlp": family.mlp, "attention": family.attention}
     if scope not in wanted:
-        raise UsageError(f"--quantization-scope has no value {scope!r}", hint=f"one of: {SCOPES}")
+        raise UsageError(
+            f"--quantization-scope has no value {scope!r}", hint=f"one of: {', '.join(SCOPES)}"
+        )
     if not wanted[scope]:
         raise UsageError(
             f"--quantization-scope {scope}: nothing is known about where the family "
@@ -113,35 +152,38 @@ def _out_of_scope(
             hint=f"{IGNORED_FLAG} leaves layers out by name",
         )
     inside = {path for pattern in wanted[scope] for path in patterns.select(pattern, paths)}
-    return {path: f"--quantization-scope {scope}" for path in paths if path not in inside}
+    return {path: Stay(f"--quantization-scope {scope}") for path in paths if path not in inside}
 
 
 def _sensitive(
     paths: Sequence[str], scheme: Scheme, family: Family, family_name: str
-) -> dict[str, str]:
+) -> dict[str, Stay]:
     chosen = preset.for_algorithm(family_name, scheme.preset)
     rules = {} if chosen is None else preset.kept(chosen, paths)
     name = "" if chosen is None else chosen.name
-    found = {path: f"preset {name}: {rule.reason}" for path, rule in rules.items()}
+    found = {path: Stay(f"preset {name}", rule.reason) for path, rule in rules.items()}
     for pattern in family.sensitive:
         for path in patterns.select(pattern, paths):
-            found.setdefault(path, f"family {family_name}: {pattern} is sensitive")
+            found.setdefault(path, Stay(f"family {family_name} calls it sensitive"))
     return found
 
 
 def _unfit(
     layers: Iterable[LayerPlan], scheme: Scheme, online: Online
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[tuple[str, Stay]]:
     """Layers the scheme cannot hold, and encoded ones nobody asked to encode again."""
     for layer in layers:
         odd = next((len(p.cols) for p in layer.pieces if len(p.cols) % scheme.multiple_of_K), None)
         if any(not _is_bare(piece) for piece in layer.pieces):
-            yield layer.path, "its input is smoothed, rotated or shifted for the stored weight"
+            yield (
+                layer.path,
+                Stay("its input is smoothed, rotated or shifted for the stored weight"),
+            )
         elif any(piece.encoding != DENSE for piece in layer.pieces) and not online.requantize:
-            yield layer.path, "it is quantized already"
+            yield layer.path, Stay("it is quantized already")
         elif odd is not None:
             needed = f"{online.scheme} needs a multiple of {scheme.multiple_of_K}"
-            yield layer.path, f"its K is {odd}, {needed}"
+            yield layer.path, Stay(f"K is {odd}, {needed}")
 
 
 def _is_bare(piece: Piece) -> bool:
@@ -167,37 +209,35 @@ def _siblings(family: Family, paths: Sequence[str]) -> dict[str, str]:
 
 def _recoded(layer: LayerPlan, scheme: Scheme, name: str, key: str | None) -> LayerPlan:
     recode = scheme.recode(key)
-    lowrank = "raw" if scheme.rank else None
-    pieces = tuple(replace(p, recode=recode, lowrank_input=lowrank) for p in layer.pieces)
+    pieces = tuple(
+        replace(piece, recode=recode, lowrank_input="raw" if scheme.rank else None)
+        for piece in layer.pieces
+    )
     twice = [str(piece.encoding) for piece in layer.pieces if piece.encoding != DENSE]
     why = f"{FLAG} {name}" + (f", after {twice[0]}: quantized twice" if twice else "")
     return replace(layer, pieces=pieces, why=why)
 
 
-def _kept(layer: LayerPlan, reason: str) -> LayerPlan:
-    return replace(layer, why=f"{layer.why}; stays: {reason}")
-
-
 # what is said about it -------------------------------------------------------------------------
 
 
-def _require_any(plan: Plan, reasons: Mapping[str, str], online: Online) -> None:
-    if len(reasons) == len(plan.layers):
-        listed = "; ".join(f"{count}: {why}" for why, count in Counter(reasons.values()).items())
+def _require_any(plan: Plan, stays: Mapping[str, Stay], online: Online) -> None:
+    if len(stays) == len(plan.layers):
+        listed = "; ".join(f"{count}: {why}" for why, count in Counter(stays.values()).items())
         raise UsageError(
             f"{FLAG} {online.scheme} reaches none of {len(plan.layers)} linear layers ({listed})",
             hint="--quantize-all takes sensitive layers too",
         )
 
 
-def _notes(plan: Plan, reasons: Mapping[str, str], online: Online) -> Iterator[str]:
-    """Every reason once, with how many layers it keeps."""
-    done = [layer for layer in plan.layers if layer.path not in reasons]
+def _notes(plan: Plan, stays: Mapping[str, Stay], online: Online) -> Iterator[str]:
+    """Every rule once, with how many layers it keeps."""
+    done = [layer for layer in plan.layers if layer.path not in stays]
     yield f"{len(done)} layers are quantized to {online.scheme} while loading"
     twice = [layer for layer in done if set(_stored(layer)) != {DENSE.name}]
     if twice:
         yield f"{len(twice)} of them are quantized twice: first {_stored(twice[0])[0]}"
-    for why, count in Counter(reasons.values()).items():
+    for why, count in Counter(stays.values()).items():
         yield f"{count} {'layer stays' if count == 1 else 'layers stay'}: {why}"
 
 

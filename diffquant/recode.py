@@ -71,7 +71,7 @@ def encoded(weight_NK: Tensor, recode: Recode, *, amax: Tensor | None = None) ->
 
 
 def lowrank(weight_NK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U [N, R] and D [R, K], the best of that rank to within a per mille, as bfloat16.
+    """U [N, R] and D [R, K] in bfloat16, whose product is nearly the best of that rank.
 
     A randomised range finder (Halko, Martinsson, Tropp 2011, algorithm 4.4) with a sketch that is the
     same in every run and touches nobody's random numbers.

@@ -19,6 +19,8 @@ from diffquant.errors import UsageError
 
 #: Options that take a list: comma-separated, or several words.
 LISTS = frozenset({"--quantization-ignored-layers"})
+#: Options that are said once for each of several values.
+REPEATED = frozenset({"--image", "--lora"})
 CONFIG = "--config"
 METADATA = "--config-from-metadata"
 
@@ -116,6 +118,8 @@ def _words(options: Mapping[str, Any], prefix: str = "--") -> Iterator[str]:
             yield from _words(value, prefix=f"{option}.")
         elif value is True:
             yield option
+        elif option in REPEATED and not isinstance(value, str):
+            yield from (word for each in value or () for word in (option, str(each)))
         elif isinstance(value, list | tuple):
             yield from (option, ",".join(map(str, value))) if value else ()
         elif value is not None and value is not False:

@@ -100,6 +100,12 @@ RUN = (
         help="Run encoded layers through this kernel only: see `diffquant formats`.",
     ),
     click.option("--strict", is_flag=True, help="Fail where no native kernel runs."),
+    click.option(
+        "--lora",
+        metavar="SOURCE[:SCALE]",
+        multiple=True,
+        help="Load a LoRA; repeatable. transformer_2=SOURCE is for the second of two.",
+    ),
 )
 PICTURE = (
     click.option("--prompt", metavar="TEXT", help="What to draw."),
@@ -114,6 +120,13 @@ PICTURE = (
     click.option("--seed", type=int, metavar="SEED", help="Of the first picture. [42]"),
     _number("--num-images-per-prompt", "COUNT", "Image i is drawn with seed + i. [1]"),
     _number("--max-sequence-length", "TOKENS", "Of the prompt. [the model's own]"),
+)
+SAVE = (
+    click.option(
+        "--save-quantized",
+        metavar="DIR",
+        help="Write what is quantized while loading, for --transformer-path.",
+    ),
 )
 SETTINGS = (
     # Read before click parses, see _arguments; declared here for --help.

@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from diffquant.run import Result
 
 OUTPUTS = "outputs"
+#: Fields of the flags that drawing a picture again does not repeat.
+NOT_AGAIN = frozenset({"pinned", "save_quantized"})
 
 
 @click.command(cls=ModelCommand, short_help="Draw a picture.")
 @_options.options(_options.PICTURE)
 @click.option("--output-path", default=OUTPUTS, show_default=True, metavar="DIR")
 @click.option("--output-file-name", metavar="NAME", help="[made of prompt and seed]")
-@_options.options(_options.MODEL, _options.RUN, _options.SETTINGS)
+@_options.options(_options.MODEL, _options.SAVE, _options.RUN, _options.SETTINGS)
 @_options.JSON
 @click.pass_obj
 def COMMAND(
@@ -96,7 +98,7 @@ def _drawn(dry: loading.DryRun, model: ModelFlags, values: Mapping[str, Any]) ->
 
         pipeline = loading.load(model, dry.run, on_progress=on_layer)
         report = loading.report(pipeline)
-        for line in report.truth_lines:
+        for line in (*report.truth_lines, *map(str, report.lora)):
             _talk.say(line)
         preset = for_model(*dry.resolution.model_names)
         asked = running.Request(**_options.given(running.Request, values))
@@ -117,9 +119,10 @@ def _tell_size(values: Mapping[str, Any], result: "Result") -> None:
 
 
 def _flags(model: ModelFlags, run: loading.RunFlags) -> dict[str, Any]:
-    """What was typed; empty fields, and what a record keeps elsewhere, are left out."""
+    """What was typed; empty fields, what a record keeps elsewhere, and what is done once are left
+    out."""
     typed = {**asdict(model), **asdict(run)}
-    return {name: value for name, value in typed.items() if value and name != "pinned"}
+    return {name: value for name, value in typed.items() if value and name not in NOT_AGAIN}
 
 
 def _saved(result: "Result", folder: Path, name: str | None) -> list[Path]:

@@ -14,6 +14,7 @@ from diffquant.formats import Hints
 from diffquant.plan import LayerPlan
 
 if TYPE_CHECKING:
+    from diffquant.adapters import Reach
     from diffquant.fidelity import LayerFidelity
 
 PROBLEMS_TOLD = 20
@@ -44,6 +45,7 @@ FIDELITY = ("layer", "weight", "error", "SQNR", "largest", "x median", "suspicio
     show_default=True,
     help="With --base: a layer's error over the median of its encoding that fails.",
 )
+@click.option("--lora", metavar="FILE", help="What this LoRA would reach in SOURCE: a dry run.")
 @_options.JSON
 def COMMAND(
     source: str,
@@ -56,13 +58,18 @@ def COMMAND(
     deep: bool,
     base: str | None,
     outlier_factor: float,
+    lora: str | None,
     as_json: bool,
 ) -> int:
     """Say what SOURCE is: format and the evidence for it, family, layers, and whether it is whole.
 
     SOURCE is a file, a folder or a repository of one component. Weights are not read, except with
-    --deep and --base. The exit code is 1 when the audit fails, or when a layer is far from the base.
+    --deep and --base. The exit code is 1 when the audit fails, or when a layer is far from the base,
+    or when a LoRA reaches nothing or layers of another shape.
     """
+    if lora is not None:
+        where = {"subfolder": subfolder, "revision": revision, "local_files_only": local_files_only}
+        return _tell_reach(loading.inspect_lora(lora, source, **where), lora, as_json)
     hints = Hints(nibbles=nvfp4_nibbles, scales=scale_layout, raw_fp8=raw_fp8)  # type: ignore[arg-type]
     with _comparing(base) as on_layer:
         inspection = loading.inspect(
@@ -82,6 +89,28 @@ def COMMAND(
     else:
         click.echo("\n\n".join([_told(inspection), *_compared(layers, outliers)]))
     return 0 if inspection.ok and not outliers else 1
+
+
+def _tell_reach(reach: "Reach", lora: str, as_json: bool) -> int:
+    if as_json:
+        click.echo(json.dumps(reach.to_json(), indent=2))
+        return 0 if reach.ok else 1
+    facts = [
+        ("lora", f"{lora} ({reach.spelling} names)"),
+        ("rank", ", ".join(map(str, reach.ranks)) or "none"),
+        ("matched", f"{_talk.count(len(reach.matched), 'module')}"),
+        ("touches", f"{_talk.count(reach.layers, 'layer')}, {reach.encoded} of them encoded"),
+        ("not matched", _first_of(reach.unmatched)),
+        *(("misfit", text) for text in reach.misfits[:PROBLEMS_TOLD]),
+        *([("beside", f"text encoders: {_first_of(reach.beside)}")] if reach.beside else []),
+        ("verdict", "fits" if reach.ok else "is for another model"),
+    ]
+    click.echo(_talk.facts(facts))
+    return 0 if reach.ok else 1
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return f"{len(names)}, first {names[0]}" if names else "0"
 
 
 @contextmanager

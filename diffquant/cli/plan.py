@@ -18,7 +18,7 @@ HEADINGS = ("layer", "weight", "kernel", "why")
 
 
 @click.command(cls=ModelCommand, short_help="Say what generate would do, without doing it.")
-@_options.options(_options.MODEL, _options.RUN, _options.PICTURE)
+@_options.options(_options.MODEL, _options.SAVE, _options.RUN, _options.PICTURE)
 @click.option("--output-path", metavar="DIR", help="As for generate.")
 @click.option("--output-file-name", metavar="NAME", help="As for generate.")
 @_options.options(_options.SETTINGS)

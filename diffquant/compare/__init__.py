@@ -8,18 +8,19 @@ The reference runs first and leaves a capture; it is let go before a candidate i
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import isnan
 from pathlib import Path
 from statistics import fmean
 
 from diffquant import loading
+from diffquant.compare.asking import generate_command
 from diffquant.compare.comparison import Candidate, Comparison, Mean, Pair
 from diffquant.compare.layers import (
     Layer,
     OneStep,
     defects_of,
     layers,
-    loadable,
     one_step,
     weights_answer,
 )
@@ -65,7 +66,7 @@ def compare(question: Question, on_progress: Progress = lambda what, done, of: N
     )
     return Comparison(
         reference=reference.name,
-        reference_command=question.reference.command,
+        reference_command=generate_command(question.reference, reference.requests[0]),
         reference_cost=reference.cost,
         reference_truth=reference.truth_lines,
         conditions=reference.conditions,
@@ -77,8 +78,6 @@ def compare(question: Question, on_progress: Progress = lambda what, done, of: N
 
 def requests(asked: Request, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Request, ...]:
     """One request per prompt and seed. Raises UsageError where there is no prompt."""
-    from dataclasses import replace
-
     if not prompts:
         raise UsageError("there is no prompt", hint="--prompt 'red apple'")
     return tuple(
@@ -111,7 +110,7 @@ def _candidate(
     with loaded(side, on_progress) as here:
         capture = captured(here, reference.requests, on_progress)
         notes = list(unfair(reference.conditions, capture.conditions))
-        weights = _weights(here.dry, question.reference, notes)
+        weights = _weights(here, question.reference, notes)
         answers = one_step(here.modules, reference, on_progress)
         judged = layers(here.dry, here.modules, reference, weights)
     pairs = tuple(map(_pair, reference.trajectories, capture.trajectories))
@@ -119,7 +118,7 @@ def _candidate(
     defects = [*_flaws(pairs), *defects_of(weights)]
     return Candidate(
         name=side.name,
-        command=side.command,
+        command=generate_command(side, reference.requests[0]),
         truth_lines=capture.truth_lines,
         verdict=judge(question.level, question.thresholds, figures, defects),
         figures=figures,
@@ -131,16 +130,14 @@ def _candidate(
     )
 
 
-def _weights(dry: DryRun, reference: Side, notes: list[str]) -> dict[str, LayerFidelity]:
+def _weights(here: Loaded, reference: Side, notes: list[str]) -> dict[str, LayerFidelity]:
     """Answer 1, or a note saying why there is none."""
-    reason = loadable(dry)
-    if reason is None:
-        try:
-            return weights_answer(dry, loading.dry_run(reference.model, reference.run))
-        except DiffquantError as error:
-            reason = f"the base's weights cannot be read: {error.what}"
-    notes.append(reason)
-    return {}
+    try:
+        dry = loading.dry_run(reference.model, reference.run)
+        return weights_answer(here.dry, dry, here.modules)
+    except DiffquantError as error:
+        notes.append(f"weights are not compared: {error.what}")
+        return {}
 
 
 def _pair(reference: Trajectory, candidate: Trajectory) -> Pair:
@@ -162,9 +159,9 @@ def _figures(
     """By the names of `verdict.FIGURES`."""
     weights = [each.weight.fidelity for each in judged if each.weight is not None]
     return {
-        "weight": max((each.relative_error for each in weights if each is not None), default=None),
-        "kernel": max((each.kernel for each in judged if each.kernel is not None), default=None),
-        "one_step": max((each.distance.relative_l2 for each in answers), default=None),
+        "weight": _worst([None if each is None else each.relative_error for each in weights]),
+        "kernel": _worst([each.kernel for each in judged]),
+        "one_step": _worst([each.distance.relative_l2 for each in answers]),
         "psnr": fmean(pair.likeness.psnr_db for pair in pairs),
         "mae": fmean(pair.likeness.mae for pair in pairs),
         "cosine": fmean(pair.steps[-1].cosine for pair in pairs),
@@ -173,6 +170,12 @@ def _figures(
         "ms_ssim": _mean_of([pair.likeness.ms_ssim for pair in pairs]),
         "flicker": _mean_of([pair.likeness.flicker for pair in pairs]),
     }
+
+
+def _worst(values: Sequence[float | None]) -> float | None:
+    """The largest; what is no number is worse than any."""
+    known = [value for value in values if value is not None]
+    return next((value for value in known if isnan(value)), max(known, default=None))
 
 
 def _mean_of(values: Sequence[float | None]) -> float | None:
@@ -189,7 +192,8 @@ def _flaws(pairs: Sequence[Pair]) -> Iterator[str]:
 def _of_reference(reference: Capture) -> Iterator[str]:
     for each in reference.trajectories:
         for flaw in each.flaws:
-            yield f"the reference itself: {flaw} ({each.request.prompt!r}, seed {each.request.seeds[0]})"
+            where = f"{each.request.prompt!r}, seed {each.request.seeds[0]}"
+            yield f"the reference itself: {flaw} ({where})"
 
 
 def _require_dense(dry: DryRun) -> None:

@@ -49,7 +49,12 @@ def sides(
 
 def generate_command(side: Side, request: Request) -> str:
     """The `diffquant generate` that draws what this side drew."""
-    typed = {**asdict(side.model), **asdict(side.run), "prompt": request.prompt, "seed": request.seed}
+    typed = {
+        **asdict(side.model),
+        **asdict(side.run),
+        "prompt": request.prompt,
+        "seed": request.seed,
+    }
     words = [word for name, value in typed.items() for word in _words(name, value)]
     return shlex.join(["diffquant", "generate", *words])
 
@@ -60,7 +65,7 @@ def _side(model: ModelFlags, run: RunFlags, own: Mapping[str, Any]) -> Side:
     for name in own:
         if name not in of_model | of_run:
             raise UsageError(f"unknown flag {name!r} of one side", hint="see help(diffquant.load)")
-    merged = {
+    merged: dict[str, Any] = {
         name: {**getattr(model, name), **value} if isinstance(value, Mapping) else value
         for name, value in own.items()
         if name in of_model
@@ -74,9 +79,10 @@ def _side(model: ModelFlags, run: RunFlags, own: Mapping[str, Any]) -> Side:
 
 def _name(side: Side) -> str:
     """What a candidate is known by: its recipe, else where its weights come from."""
+    # Before anything is loaded, so that what resolution refuses is refused now.
+    dry = loading.dry_run(side.model, side.run)
     if side.model.quantization:
         return side.model.quantization
-    dry = loading.dry_run(side.model, side.run)
     for component, source in dry.resolution.components.items():
         if source.override:
             return PurePath(source.weights.origin).stem

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from math import isfinite
+from math import inf, isfinite, isnan
 from statistics import fmean
 from typing import Any
 
@@ -87,7 +87,8 @@ class Candidate:
     def worst(self, of: Callable[[Layer], float | None], count: int) -> list[Layer]:
         """The layers with the largest value of a figure, the worst first."""
         known = [(value, layer) for layer in self.layers if (value := of(layer)) is not None]
-        return [layer for _, layer in sorted(known, key=lambda item: -item[0])[:count]]
+        ranked = sorted(known, key=lambda item: -inf if isnan(item[0]) else -item[0])
+        return [layer for _, layer in ranked[:count]]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -121,6 +122,18 @@ MEANS: Mapping[str, Callable[[Pair], float]] = {
     "mae": lambda pair: pair.likeness.mae,
     "cosine": lambda pair: pair.steps[-1].cosine,
     "relative_l2": lambda pair: pair.steps[-1].relative_l2,
+}
+
+
+#: Figures that are one layer's, the worst.
+BEHIND: Mapping[str, Callable[[Layer], float | None]] = {
+    "weight": lambda layer: (
+        None
+        if layer.weight is None or layer.weight.fidelity is None
+        else layer.weight.fidelity.relative_error
+    ),
+    "kernel": lambda layer: layer.kernel,
+    "output": lambda layer: layer.output,
 }
 
 

@@ -11,7 +11,8 @@ All three are relative: ‖difference‖ / ‖reference‖.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +20,16 @@ from torch import Tensor, nn
 
 from diffquant.compare.metrics import Distance, distance
 from diffquant.compare.trajectory import Call, Capture, Progress, ask, sampled
-from diffquant.fidelity import LayerFidelity, compare_plans
+from diffquant.fidelity import LayerFidelity, compare_plans, layer_fidelity
 from diffquant.kernels import KERNELS, spec_of
 from diffquant.kernels._operator import multiplier
 from diffquant.linear import QuantLinear
 from diffquant.loading import DryRun
-from diffquant.plan import Plan
+from diffquant.pieces import decoded, dense
+from diffquant.plan import Plan, Role
+from diffquant.rotation import rotated
 from diffquant.settle import of_checkpoint, settle
+from diffquant.tensors import Weights
 
 REFERENCE = "reference"
 #: Rows of an input that a kernel is judged on.
@@ -117,7 +121,9 @@ def layers(
 
     for call in reference.middle_calls():
         with _linears_watched(call.component, modules[call.component], judge):
-            _ = ask(modules[call.component], call, reference.blobs, _device(modules[call.component]))
+            _ = ask(
+                modules[call.component], call, reference.blobs, _device(modules[call.component])
+            )
     return tuple(
         Layer(
             path=path,
@@ -140,19 +146,30 @@ def kernel_error(module: QuantLinear, dry: DryRun, path: str, rows: Tensor) -> f
     flat = rows.reshape(-1, module.in_features)
     few = flat[:: max(1, -(-flat.shape[0] // ROWS))]
     with torch.inference_mode():
-        truth, ours = _by_reference(module, [spec.activation for spec in choice.specs])(few), module.forward(few)
+        truth, ours = (
+            _by_reference(module, [spec.activation for spec in choice.specs])(few),
+            module.forward(few),
+        )
     return distance(truth, ours).relative_l2
 
 
-def weights_answer(candidate: DryRun, reference: DryRun) -> dict[str, LayerFidelity]:
-    """Decoded weights of every component that differs from the base's, by component and path."""
+def weights_answer(
+    candidate: DryRun, reference: DryRun, modules: Mapping[str, nn.Module]
+) -> dict[str, LayerFidelity]:
+    """Decoded weights of every component that differs from the base's, by component and path.
+
+    Weights quantized while loading lie in no file: they are decoded from the `modules`.
+    """
     found: dict[str, LayerFidelity] = {}
     for component, plan in candidate.plans.items():
-        base = reference.plans.get(component)
-        if base is None or base.files == plan.files:
+        base = _settled(reference, component, reference.plans[component])
+        if _is_recoded(plan):
+            measured = tuple(_online_weights(modules[component], base))
+        elif base.files == plan.files:
             continue
-        for each in compare_plans(_settled(candidate, component, plan), _settled(reference, component, base)):
-            found[f"{component}.{each.path}"] = each
+        else:
+            measured = compare_plans(_settled(candidate, component, plan), base)
+        found |= {f"{component}.{each.path}": each for each in measured}
     return found
 
 
@@ -166,14 +183,34 @@ def defects_of(weights: Mapping[str, LayerFidelity]) -> Iterator[str]:
         yield f"{path}{lost}{said}"
 
 
-def loadable(dry: DryRun) -> str | None:
-    """Why the weights of a side cannot be compared, None when they can."""
-    recoded = (
-        piece.recode for plan in dry.plans.values() for layer in plan.layers for piece in layer.pieces
-    )
-    if any(recoded):
-        return "weights are quantized while loading; only what the layers give is compared"
-    return None
+def _is_recoded(plan: Plan) -> bool:
+    return any(piece.recode for layer in plan.layers for piece in layer.pieces)
+
+
+def _online_weights(module: nn.Module, base: Plan) -> Iterator[LayerFidelity]:
+    """Every layer that was quantized while loading, decoded, against the base's file."""
+    weights = Weights([Path(file.path) for file in base.files])
+    by_path = {layer.path: layer for layer in base.layers}
+    for path, linear in module.named_modules():
+        if isinstance(linear, QuantLinear):
+            truth_NK = dense(by_path[path], weights)[0]
+            yield LayerFidelity(
+                path=path,
+                encoding="+".join(linear.layer.encodings),
+                fidelity=layer_fidelity(truth_NK, _decoded(linear)),
+            )
+
+
+def _decoded(linear: QuantLinear) -> Tensor:
+    """W [N, K] of a recoded layer: its codes decoded, plus its low-rank branch."""
+    weight_NK = torch.zeros(linear.out_features, linear.in_features)
+    for index, piece in enumerate(linear.layer.pieces):
+        parts = {role: part.cpu() for role, part in linear.parts(index).items()}
+        found = decoded(replace(piece, encoding=piece.runs_as), parts)
+        if piece.lowrank_input is not None:
+            found += parts[Role.LOWRANK_UP].float() @ parts[Role.LOWRANK_DOWN].float()
+        weight_NK[piece.out.as_slice(), piece.cols.as_slice()] += rotated(found, piece.rotation)
+    return weight_NK
 
 
 def _by_reference(module: QuantLinear, activations: Sequence[Any]) -> QuantLinear:
@@ -235,5 +272,3 @@ def _linears_watched(
 
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
-
-

@@ -69,7 +69,9 @@ def distance(reference: Tensor, candidate: Tensor) -> Distance:
             f"{list(reference.shape)}",
             hint="both sides need the same --width, --height and --num-frames",
         )
-    left, right = (side.detach().to("cpu", torch.float32).flatten() for side in (reference, candidate))
+    left, right = (
+        side.detach().to("cpu", torch.float32).flatten() for side in (reference, candidate)
+    )
     difference = right - left
     norm, l2 = float(left.norm()), float(difference.norm())
     mse = float(difference.square().mean())
@@ -116,7 +118,9 @@ def likeness(reference_F3HW: Tensor, candidate_F3HW: Tensor) -> Likeness:
         ms_ssim=_ms_ssim(left, right, functions),
         mae=float((left - right).abs().mean()),
         frames=frames if len(frames) > 1 else (),
-        flicker=float((left.diff(dim=0) - right.diff(dim=0)).abs().mean()) if len(left) > 1 else None,
+        flicker=float((left.diff(dim=0) - right.diff(dim=0)).abs().mean())
+        if len(left) > 1
+        else None,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from importlib import import_module
 from statistics import median
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from diffquant import loading
 from diffquant.compare.cost import Cost, Meter, weight_bytes
 from diffquant.compare.layers import outputs
-from diffquant.compare.trajectory import Capture, Progress, Trajectory, draw, recorded
+from diffquant.compare.trajectory import Capture, Progress, Trajectory, draw, fingerprint, recorded
 from diffquant.errors import RunError, UsageError
 from diffquant.loading import DryRun, RunFlags
 from diffquant.preset import for_model
@@ -24,20 +25,16 @@ from diffquant.resolve import ModelFlags
 from diffquant.run import Request, fill, versions
 
 #: Conditions that make a comparison worthless where they differ; all others are only told.
-PINNED = ("pipeline", "scheduler", "attention", "cache", "dtype", "noise", "prompt embeddings")
+PINNED = ("pipeline", "scheduler", "attention", "cache", "dtype", "noise")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """What is loaded for one side, and how it is called in figures and tables.
-
-    command  that draws with this side alone
-    """
+    """What is loaded for one side, and how it is called in figures and tables."""
 
     name: str
     model: ModelFlags
     run: RunFlags
-    command: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +53,7 @@ class Loaded:
 def loaded(side: Side, on_progress: Progress) -> Iterator[Loaded]:
     """The side's pipeline; when the context ends nothing of it is left in memory."""
     dry = loading.dry_run(side.model, side.run)
+    _import_classes(dry)
     gc.collect()
     meter = Meter(dry.device.torch_name)
     started = time.perf_counter()
@@ -76,6 +74,15 @@ def loaded(side: Side, on_progress: Progress) -> Iterator[Loaded]:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _import_classes(dry: DryRun) -> None:
+    """Importing them takes seconds, once per process: it must not count for whoever comes first."""
+    index = dry.resolution.pipeline.index or {}
+    for library, name in (index[component] for component in dry.resolution.pipeline.components):
+        if library in ("diffusers", "transformers"):
+            getattr(import_module(library), name, None)
+    getattr(import_module("diffusers"), str(index.get("_class_name")), None)
 
 
 def captured(here: Loaded, requests: Sequence[Request], on_progress: Progress) -> Capture:
@@ -142,7 +149,6 @@ HINTS = {
     "dtype": "--dtype is for both sides",
     "scheduler": "--reference-component-path scheduler=SOURCE",
     "noise": "the same --seed, --width and --height; a saved reference is of its own device",
-    "prompt embeddings": "the same text encoders, and --device, on both sides",
     "pipeline": "both sides need the same base pipeline",
 }
 
@@ -218,7 +224,7 @@ def _first_inputs(capture: Capture, *, latents: bool) -> list[str]:
     """Digests of the first call's tensors: the first is the noise, the others speak of the prompt."""
     names = list(_tensors(capture.calls[0].arguments))
     kept = names[:1] if latents else names[1:]
-    return [_tensor_digest(capture.blobs[name]) for name in kept]
+    return [fingerprint(capture.blobs[name]) for name in kept]
 
 
 def _tensors(packed: Any) -> Iterator[str]:
@@ -232,10 +238,6 @@ def _tensors(packed: Any) -> Iterator[str]:
         for items in packed.values():
             for item in items:
                 yield from _tensors(item)
-
-
-def _tensor_digest(tensor: torch.Tensor) -> str:
-    return sha256(tensor.flatten().view(torch.uint8).numpy()).hexdigest()
 
 
 def _digest(value: Any) -> str:

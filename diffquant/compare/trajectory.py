@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffquant.compare.cost import Cost, Meter
+from diffquant.compare.cost import Cost
 from diffquant.compare.metrics import as_frames, flaw
 from diffquant.errors import RunError, UsageError
 from diffquant.run import Request
@@ -178,8 +178,7 @@ class Recorder:
     def _kept(self, tensor: Tensor) -> str:
         """The name of the tensor's copy; equal tensors share one."""
         copy = tensor.detach().to("cpu", copy=True).contiguous()
-        content = copy.flatten().view(torch.uint8).numpy()
-        key = (hashlib.sha1(content).digest(), copy.dtype, copy.shape)
+        key = (fingerprint(copy), copy.dtype, copy.shape)
         if key not in self._names:
             self._names[key] = f"blob{len(self._names)}"
             self.blobs[self._names[key]] = copy
@@ -198,7 +197,12 @@ def answer(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     first = output[0]
-    return torch.stack(list(first)) if isinstance(first, list | tuple) else first  # type: ignore[no-any-return]
+    return torch.stack(list(first)) if isinstance(first, list | tuple) else first
+
+
+def fingerprint(tensor: Tensor) -> str:
+    """SHA-256 of a contiguous CPU tensor's bytes."""
+    return hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def sampled(tensor: Tensor) -> Tensor:
@@ -236,7 +240,9 @@ class _Watch:
 def _arguments(pipeline: Any, request: Request, watch: _Watch) -> dict[str, Any]:
     accepted = inspect.signature(type(pipeline).__call__).parameters
     if STEP_ENDED not in accepted:
-        raise UsageError(f"a {type(pipeline).__name__} does not tell when a step ends ({STEP_ENDED})")
+        raise UsageError(
+            f"a {type(pipeline).__name__} does not tell when a step ends ({STEP_ENDED})"
+        )
     (seed,) = request.seeds
     arguments = {
         **request.typed,

@@ -232,7 +232,8 @@ def divided_rows(values_NK: "Tensor", *grids: Grid) -> "Iterator[tuple[slice, Te
     promotes to and what ModelOpt's codes come from; rounding elsewhere moves some percent of them.
     """
     columns = values_NK.shape[1]
-    hollow = not all(bool(grid.values.all()) for grid in grids)
+    # A weight without data (meta) is encoded for its shapes only.
+    hollow = not (values_NK.is_meta or all(bool(grid.values.all()) for grid in grids))
     for rows in row_spans((len(values_NK), columns)):
         scale, *others = (grid.over(rows, columns) for grid in grids)
         for other in others:

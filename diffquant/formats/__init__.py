@@ -133,7 +133,8 @@ class Outgoing:
     """One tensor to store: a part of a layer, its full name, its order, and how it looks.
 
     dtype   as safetensors spells it; None keeps what the plan has. Nothing is ever rounded into it
-    axes    "column" stores a vector as [N, 1], "blocks" two-dimensional blocks as [R, 1, C, 1]
+    axes    "one" stores a scalar as [1], "column" a vector as [N, 1], "blocks" two-dimensional blocks
+            as [R, 1, C, 1]
     filled  what fills the tensor where the plan has no such part; None: then there is no tensor
     """
 
@@ -141,7 +142,7 @@ class Outgoing:
     tensor: str
     layout: Layout = ROW_MAJOR
     dtype: str | None = None
-    axes: Literal["column", "blocks"] | None = None
+    axes: Literal["one", "column", "blocks"] | None = None
     filled: float | None = None
 
 

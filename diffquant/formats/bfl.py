@@ -25,11 +25,20 @@ from dataclasses import replace
 from typing import Any
 
 from diffquant.errors import FormatError
-from diffquant.formats import Format, Hints, Reading, StoredLayer, StoredPart, comfy
+from diffquant.formats import Export, Format, Hints, Reading, StoredLayer, StoredPart, comfy
+from diffquant.formats._outgoing import (
+    DENSE_SPELLING,
+    Joined,
+    Spelling,
+    exported,
+    joined,
+    naming_of,
+    spelled_layer,
+)
 from diffquant.formats._scales import scale_role
 from diffquant.formats.comfy import FP8_ENCODINGS, MARKER, METADATA, TILES, Marker
 from diffquant.headers import Header, Tensor
-from diffquant.plan import ROW_MAJOR, Activation, Encoding, Layout, Role
+from diffquant.plan import DENSE, ROW_MAJOR, Activation, Encoding, Layout, Plan, Role
 from diffquant.sources import Checkpoint
 
 FUSED = re.compile(
@@ -209,6 +218,31 @@ def _require_stored(said: Mapping[str, str], layers: tuple[StoredLayer, ...]) ->
             raise FormatError(f"{METADATA} calls {name!r} {stated}, no such weight is stored")
 
 
+# the way out -------------------------------------------------------------------------------------
+
+WHO = "bfl"
+
+
+def _write(plan: Plan) -> Export:
+    """FLUX.2's form: ComfyUI's nvfp4 layers under BFL's fused names."""
+    naming = naming_of(plan, ("bfl",), WHO)
+    weights = joined(plan, naming, WHO)
+    said = {each.name: {"format": NVFP4} for each in weights if each.piece.encoding != DENSE}
+    return exported(
+        plan,
+        tuple(spelled_layer(each, _spelling(each), WHO) for each in weights),
+        naming,
+        config=None,
+        metadata={METADATA: json.dumps({"format_version": VERSIONS[0], "layers": said})},
+    )
+
+
+def _spelling(weight: Joined) -> Spelling | None:
+    if weight.piece.encoding == DENSE:
+        return DENSE_SPELLING
+    return comfy.SPELLINGS[NVFP4] if weight.piece.encoding == Encoding(NVFP4) else None
+
+
 FORMAT = Format(
     evidence=_evidence,
     read=_read,
@@ -217,4 +251,5 @@ FORMAT = Format(
     encodings=("nvfp4", "fp8"),
     namings=("bfl",),
     proof="from description",
+    write=_write,
 )

@@ -3,8 +3,17 @@
 Proof is the absence of anything a quantizer leaves behind: narrow weights, scales, packed codes.
 """
 
-from diffquant.formats import Format, Hints, Reading
+from diffquant.errors import FormatError
+from diffquant.formats import Export, Format, Hints, Reading
+from diffquant.formats._outgoing import (
+    DENSE_SPELLING,
+    exported,
+    joined,
+    naming_of,
+    spelled_layer,
+)
 from diffquant.headers import Header
+from diffquant.plan import Plan
 from diffquant.sources import Checkpoint
 
 WIDE = frozenset({"F64", "F32", "F16", "BF16"})
@@ -49,9 +58,26 @@ def _read(checkpoint: Checkpoint, header: Header, hints: Hints) -> Reading:
     return Reading(layers=())
 
 
+def _write(plan: Plan) -> Export:
+    """Raises FormatError when anything is quantized, or a layer is more than a linear."""
+    changed = next((layer for layer in plan.layers if not layer.is_ordinary), None)
+    if changed is not None:
+        raise FormatError(
+            f"{changed.path!r} is {'+'.join(changed.encodings)}, a plain checkpoint has no such layers",
+            hint="diffquant convert dequantize decodes them",
+        )
+    naming = naming_of(plan, ("diffusers",), "diffusers")
+    layers = tuple(
+        spelled_layer(each, DENSE_SPELLING, "diffusers")
+        for each in joined(plan, naming, "diffusers")
+    )
+    return exported(plan, layers, naming, config={})
+
+
 FORMAT = Format(
     evidence=_evidence,
     read=_read,
     encodings=("dense",),
     proof="true files",
+    write=_write,
 )

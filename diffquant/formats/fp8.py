@@ -19,11 +19,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from diffquant.errors import FormatError
-from diffquant.formats import Format, Hints, Reading, StoredLayer, StoredPart
+from diffquant.formats import Export, Format, Hints, Outgoing, Reading, StoredLayer, StoredPart
+from diffquant.formats._outgoing import (
+    BIAS,
+    DENSE_SPELLING,
+    Joined,
+    Spelling,
+    exported,
+    joined,
+    naming_of,
+    spelled_layer,
+)
 from diffquant.formats._scales import scale_role
 from diffquant.formats.comfy import FP8_ENCODINGS
 from diffquant.headers import Header, Tensor
-from diffquant.plan import Activation, Encoding, Role
+from diffquant.plan import DENSE, Activation, Encoding, Plan, Role
 from diffquant.sources import Checkpoint
 
 METHOD = "fp8"
@@ -102,12 +112,12 @@ def _layer(weight: Tensor, header: Header, block: Mapping[str, Any], where: str)
 
 
 def _role(scale: Tensor, rows: int, columns: int, cell: tuple[int, ...]) -> Role:
-    """By shape; where one block is the whole weight, or a row, both readings mean the same."""
-    role = scale_role(scale, rows)
-    if role is not Role.BLOCK_SCALE:
-        return role
+    """By shape; where one block is the whole weight, or a row, the name tells what inputs become."""
     blocks = (-(-rows // cell[0]), -(-columns // cell[1]))
-    if scale.shape != blocks:
+    if scale.name.endswith("_inv") and scale.shape == blocks:
+        return Role.BLOCK_SCALE
+    role = scale_role(scale, rows)
+    if role is Role.BLOCK_SCALE and scale.shape != blocks:
         raise FormatError(
             f"{scale.name!r} has shape {list(scale.shape)}, blocks of {cell[0]} x {cell[1]} "
             f"on {[rows, columns]} need {list(blocks)}",
@@ -146,10 +156,70 @@ def _notes(block: Mapping[str, Any], layers: tuple[StoredLayer, ...]) -> Iterato
         )
 
 
+# the way out -------------------------------------------------------------------------------------
+
+SPELLINGS = {
+    dtype: Spelling(
+        parts=(
+            Outgoing(role=Role.CODES, tensor="weight", dtype=dtype),
+            Outgoing(role=Role.TENSOR_SCALE, tensor="weight_scale", dtype="F32"),
+            Outgoing(role=Role.CHANNEL_SCALE, tensor="weight_scale", dtype="F32", axes="column"),
+            Outgoing(role=Role.BLOCK_SCALE, tensor="weight_scale_inv", dtype="F32"),
+            Outgoing(role=Role.INPUT_SCALE, tensor="input_scale", dtype="F32"),
+            BIAS,
+        )
+    )
+    for dtype in FP8_ENCODINGS
+}
+
+
+def _write(plan: Plan) -> Export:
+    naming = naming_of(plan, ("diffusers",), METHOD)
+    weights = joined(plan, naming, METHOD)
+    return exported(
+        plan,
+        tuple(spelled_layer(each, _spelling(each), METHOD) for each in weights),
+        naming,
+        config={KEY: _block(weights)},
+    )
+
+
+def _spelling(weight: Joined) -> Spelling | None:
+    """By number; which blocks there are is said once, in the configuration."""
+    encoding = weight.piece.encoding
+    if encoding == DENSE:
+        return DENSE_SPELLING
+    bare = Encoding(encoding.name, tuple(item for item in encoding.options if item[0] != "block"))
+    dtypes = (dtype for dtype, known in FP8_ENCODINGS.items() if known == bare)
+    return SPELLINGS.get(next(dtypes, ""))
+
+
+def _block(weights: tuple[Joined, ...]) -> dict[str, object]:
+    """Raises FormatError for blocks of two sizes: the configuration has room for one."""
+    quantized = [each.piece for each in weights if each.piece.encoding != DENSE]
+    cells = {
+        piece.encoding.option("block", f"{BLOCK[0]}x{BLOCK[1]}")
+        for piece in quantized
+        if Role.BLOCK_SCALE in piece.roles
+    }
+    if len(cells) > 1:
+        raise FormatError(f"{METHOD} has one size of blocks, the layers have {sorted(cells)}")
+    static = any(Role.INPUT_SCALE in piece.roles for piece in quantized)
+    block: dict[str, object] = {
+        "quant_method": METHOD,
+        "activation_scheme": "static" if static else "dynamic",
+        "modules_to_not_convert": [each.name for each in weights if each.piece.encoding == DENSE],
+    }
+    if cells:
+        block["weight_block_size"] = [int(side) for side in cells.pop().split("x")]
+    return block
+
+
 FORMAT = Format(
     evidence=_evidence,
     read=_read,
     explains=frozenset({"diffusers"}),
     encodings=("fp8",),
     proof="from description",
+    write=_write,
 )

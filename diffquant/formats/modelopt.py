@@ -32,20 +32,31 @@ from typing import Any, Literal
 
 from diffquant.errors import FormatError
 from diffquant.formats import (
+    Export,
     Format,
     Hints,
-    OpenPart,
+    Outgoing,
     Reading,
     StoredLayer,
     StoredPart,
 )
+from diffquant.formats._outgoing import (
+    BIAS,
+    PLAIN_LINEAR,
+    Joined,
+    Spelling,
+    exported,
+    joined,
+    naming_of,
+    spelled_layer,
+)
+from diffquant.formats._scale_orders import agreed, block_scale
 from diffquant.formats._scales import scale_role
 from diffquant.headers import Header, Tensor
-from diffquant.plan import DENSE, ROW_MAJOR, Activation, Encoding, Layout, Role
+from diffquant.plan import DENSE, ROW_MAJOR, Activation, Encoding, Layout, Piece, Plan, Role
 from diffquant.sources import Checkpoint
 
 METHODS = ("modelopt", "modelopt_fp8", "modelopt_fp4")
-TILES = Layout("tiles_128x4")
 
 #: Algorithms whose activations stay in high precision, in any spelling the exporter uses.
 WEIGHT_ONLY = frozenset({"W4A16_NVFP4", "W4A16_AWQ", "W8A16", "FP8_PB_WO"})
@@ -110,7 +121,8 @@ def _read(checkpoint: Checkpoint, header: Header, hints: Hints) -> Reading:
     assert declaration is not None, "read is called only where evidence was found"
     if declaration.swapped and hints.nibbles is None:
         hints = replace(hints, nibbles="high")
-    layers = tuple(_layer(name, header, declaration, hints) for name in _layer_names(header))
+    read = tuple(_layer(name, header, declaration, hints) for name in _layer_names(header))
+    layers, questions = agreed(read, header, hints)
     stray = {
         name: "an amax left by a quantizer that is declared, not applied"
         for name in header.tensors
@@ -119,7 +131,7 @@ def _read(checkpoint: Checkpoint, header: Header, hints: Hints) -> Reading:
     return Reading(
         layers=layers,
         unused=stray,
-        open=_open_scales(layers, header, hints),
+        open=questions,
         notes=tuple(_notes(declaration, layers, header)),
         naming=None,
     )
@@ -228,7 +240,7 @@ def _numbers(name: str, weight: Tensor, scale: Tensor | None, hints: Hints) -> N
         return _packed(weight, scale, codes, hints)
     plain = StoredPart(Role.CODES, weight.name)
     if scale.dtype in ("U8", "F8_E8M0"):
-        parts = (plain, _block_scale(scale, (rows, -(-columns // 32)), hints))
+        parts = (plain, block_scale(scale, (rows, -(-columns // 32)), hints))
         return Encoding("mxfp8"), (rows, columns), parts
     number = {"I8": Encoding("int8"), "F8_E5M2": Encoding("fp8", (("kind", "e5m2"),))}
     encoding = number.get(weight.dtype, Encoding("fp8"))
@@ -251,30 +263,19 @@ def _packed(weight: Tensor, scale: Tensor, codes: StoredPart, hints: Hints) -> N
         return (
             Encoding("mxfp4"),
             (rows, columns),
-            (codes, _block_scale(scale, (rows, -(-columns // 32)), hints)),
+            (codes, block_scale(scale, (rows, -(-columns // 32)), hints)),
         )
     block = 32 if scale.shape[-1] * 32 == columns else 16
     encoding = Encoding("nvfp4", () if block == 16 else (("block", "32"),))
     return (
         encoding,
         (rows, columns),
-        (codes, _block_scale(scale, (rows, -(-columns // block)), hints)),
+        (codes, block_scale(scale, (rows, -(-columns // block)), hints)),
     )
 
 
 def _plain_scale(scale: Tensor) -> StoredPart:
     return StoredPart(Role.BLOCK_SCALE, scale.name)
-
-
-def _block_scale(scale: Tensor, linear: tuple[int, int], hints: Hints) -> StoredPart:
-    """Row-major unless the shape proves tiles, or a person said so; `_open_scales` asks the rest."""
-    tiled = hints.scales == "tiles" or (hints.scales is None and is_tiled(scale.shape, linear))
-    return StoredPart(Role.BLOCK_SCALE, scale.name, TILES if tiled else ROW_MAJOR)
-
-
-def is_tiled(stored: tuple[int, ...], linear: tuple[int, int]) -> bool:
-    """Whether only 128 x 4 tiles explain the shape: rows padded to 128, columns to 4 (or 16)."""
-    return tuple(stored) != linear
 
 
 def _codes_layout(hints: Hints) -> Layout:
@@ -302,40 +303,6 @@ def _activation(
     if encoding.name == "int8" and mode == "dynamic":
         return None
     return Activation(number=encoding.name, granularity="tensor", mode=mode)
-
-
-def _open_scales(
-    layers: tuple[StoredLayer, ...], header: Header, hints: Hints
-) -> tuple[OpenPart, ...]:
-    """Scales whose shape fits both orders. An exporter that swizzles also writes header metadata, so
-    without that block the linear order is taken as proved."""
-    if hints.scales is not None or "quantization_config" not in header.metadata:
-        return ()
-    doubtful = tuple(
-        layer.name
-        for layer in layers
-        for part in layer.parts
-        if part.role is Role.BLOCK_SCALE
-        and part.layout == ROW_MAJOR
-        and layer.encoding.name in ("nvfp4", "mxfp4", "mxfp8")
-        and _fits_tiles(header.tensors[part.tensor].shape)
-    )
-    if not doubtful:
-        return ()
-    why = "the header was rewritten after export and the scales' shape fits rows and 128 x 4 tiles"
-    return (
-        OpenPart(
-            topic="scale layout",
-            role=Role.BLOCK_SCALE,
-            layouts=(ROW_MAJOR, TILES),
-            layers=doubtful,
-            why=why,
-        ),
-    )
-
-
-def _fits_tiles(shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 and shape[0] % 128 == 0 and shape[1] % 4 == 0
 
 
 def _notes(
@@ -385,6 +352,130 @@ def _older(version: str | None, than: tuple[int, int]) -> bool:
     return len(numbers) == 2 and (int(numbers[0]), int(numbers[1])) < than
 
 
+# the way out ---------------------------------------------------------------------------------------
+
+WHO = "modelopt"
+INPUTS = (
+    Outgoing(role=Role.INPUT_SCALE, tensor="input_scale", dtype="F32"),
+    Outgoing(role=Role.SMOOTH, tensor="pre_quant_scale"),
+    Outgoing(role=Role.LOWRANK_DOWN, tensor="svdquant_lora_a"),
+    Outgoing(role=Role.LOWRANK_UP, tensor="svdquant_lora_b"),
+    BIAS,
+)
+
+
+def _spelling(*parts: Outgoing) -> Spelling:
+    return Spelling(parts=(*parts, *INPUTS), smooth="multiply", lowrank_input="smoothed")
+
+
+def _codes(dtype: str, layout: Layout = ROW_MAJOR) -> Outgoing:
+    return Outgoing(role=Role.CODES, tensor="weight", dtype=dtype, layout=layout)
+
+
+def _scale(role: Role, dtype: str, ending: str = "weight_scale") -> Outgoing:
+    return Outgoing(role=role, tensor=ending, dtype=dtype)
+
+
+def _float8(dtype: str) -> Spelling:
+    return _spelling(
+        _codes(dtype),
+        _scale(Role.TENSOR_SCALE, "F32"),
+        _scale(Role.CHANNEL_SCALE, "F32"),
+        Outgoing(role=Role.BLOCK_SCALE, tensor="weight_scale", dtype="F32", axes="blocks"),
+    )
+
+
+NVFP4 = _spelling(
+    _codes("U8"),
+    _scale(Role.BLOCK_SCALE, "F8_E4M3"),
+    _scale(Role.TENSOR_SCALE, "F32", "weight_scale_2"),
+)
+#: Scaling by ones is stored where nothing is smoothed: the algorithm's readers ask for it.
+INT4_AWQ = Spelling(
+    parts=(
+        _codes("U8", Layout("rows_paired")),
+        _scale(Role.BLOCK_SCALE, "F32"),
+        _scale(Role.TENSOR_SCALE, "F32", "weight_scale_2"),
+        *(replace(part, filled=1.0) if part.role is Role.SMOOTH else part for part in INPUTS),
+    ),
+    smooth="multiply",
+    lowrank_input="smoothed",
+)
+SPELLINGS: Mapping[str, Spelling] = {
+    "dense": replace(_spelling(), parts=(PLAIN_LINEAR[0], *INPUTS)),
+    "fp8": _float8("F8_E4M3"),
+    "fp8;kind=e5m2": _float8("F8_E5M2"),
+    "nvfp4": NVFP4,
+    "nvfp4;block=32": NVFP4,
+    "mxfp8": _spelling(_codes("F8_E4M3"), _scale(Role.BLOCK_SCALE, "U8")),
+    "mxfp4": _spelling(_codes("U8"), _scale(Role.BLOCK_SCALE, "U8")),
+    "int8": _spelling(
+        _codes("I8"), _scale(Role.TENSOR_SCALE, "F32"), _scale(Role.CHANNEL_SCALE, "F32")
+    ),
+    "int4": INT4_AWQ,
+}
+#: Encoding, what its inputs become, a part that must be there, and the algorithm's name. The first
+#: row that fits counts.
+ALGORITHMS: tuple[tuple[str, str | None, Role | None, str], ...] = (
+    ("fp8", "fp8", Role.CHANNEL_SCALE, "FP8_PER_CHANNEL_PER_TOKEN"),
+    ("fp8", "fp8", None, "FP8"),
+    ("fp8", None, Role.BLOCK_SCALE, "FP8_PB_WO"),
+    ("fp8", None, None, "W8A16"),
+    ("nvfp4", "nvfp4", Role.LOWRANK_DOWN, "NVFP4_SVD"),
+    ("nvfp4", "nvfp4", Role.SMOOTH, "NVFP4_AWQ"),
+    ("nvfp4", "nvfp4", None, "NVFP4"),
+    ("nvfp4", "fp8", None, "W4A8_NVFP4_FP8"),
+    ("nvfp4", None, None, "W4A16_NVFP4"),
+    ("mxfp8", "mxfp8", None, "MXFP8"),
+    ("mxfp4", "mxfp4", None, "MXFP4"),
+    ("int8", "int8", None, "W8A8_SQ_PER_CHANNEL"),
+    ("int8", None, None, "W8A16"),
+    ("int4", "fp8", None, "W4A8_AWQ"),
+    ("int4", None, None, "W4A16_AWQ"),
+)
+
+
+def _write(plan: Plan) -> Export:
+    naming = naming_of(plan, ("diffusers",), WHO)
+    weights = joined(plan, naming, WHO)
+    layers = tuple(
+        spelled_layer(each, SPELLINGS.get(str(each.piece.encoding)), WHO) for each in weights
+    )
+    return exported(plan, layers, naming, config={"quantization_config": _block(weights)})
+
+
+def _block(weights: tuple[Joined, ...]) -> dict[str, object]:
+    """What the configuration says: one algorithm, or a list of layers where there are several."""
+    named = {each.name: _algorithm(each) for each in weights if each.piece.encoding != DENSE}
+    found = sorted(set(named.values()))
+    block: dict[str, object] = {
+        "quant_method": "modelopt",
+        "quant_algo": found[0] if len(found) == 1 else "MIXED_PRECISION" if found else None,
+        "ignore": [each.name for each in weights if each.name not in named],
+        "producer": {"name": "diffquant"},
+    }
+    if len(found) > 1:
+        block["quantized_layers"] = {name: {"quant_algo": said} for name, said in named.items()}
+    return block
+
+
+def _algorithm(weight: Joined) -> str:
+    piece = weight.piece
+    for encoding, number, role, name in ALGORITHMS:
+        if (encoding, number) == (piece.encoding.name, _number(piece)) and (
+            role is None or role in piece.roles
+        ):
+            return name
+    raise FormatError(
+        f"{weight.name!r} is {piece.encoding} with {piece.activation or 'plain'} inputs, for which "
+        "ModelOpt has no algorithm"
+    )
+
+
+def _number(piece: Piece) -> str | None:
+    return None if piece.activation is None else Encoding(piece.activation.number).name
+
+
 FORMAT = Format(
     evidence=_evidence,
     read=_read,
@@ -392,4 +483,5 @@ FORMAT = Format(
     explains=frozenset({"bfl", "comfy", "diffusers", "fp8"}),
     encodings=("fp8", "nvfp4", "mxfp8", "mxfp4", "int8", "int4"),
     proof="true files",
+    write=_write,
 )

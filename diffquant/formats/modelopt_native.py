@@ -73,7 +73,11 @@ def _read(checkpoint: Checkpoint, header: Header, hints: Hints) -> Reading:
     layers = tuple(_layer(name, header) for name in dict.fromkeys([*names, *changed]))
     return Reading(
         layers=layers,
-        unused={name: _unused(name) for name in header.tensors if name.endswith("._amax")},
+        unused={
+            name: _unused(name, {layer.name for layer in layers})
+            for name in header.tensors
+            if name.endswith("_quantizer._amax")
+        },
         notes=tuple(_notes(layers, header)),
     )
 
@@ -138,10 +142,10 @@ def _activation(encoding: Encoding, roles: set[Role], calibrated: bool) -> Activ
     return Activation(number=encoding.name, granularity="tensor", mode="dynamic")
 
 
-def _unused(name: str) -> str:
-    if name.endswith(RANGE):
+def _unused(name: str, layers: set[str]) -> str:
+    if name.removesuffix(RANGE) in layers:
         return "the range the weight's scale was made from"
-    if name.endswith(INPUT_RANGE):
+    if name.removesuffix(INPUT_RANGE) in layers:
         return "a calibrated range; inputs are quantized by their own"
     return "a range left by a quantizer that is declared, not applied"
 

@@ -17,12 +17,32 @@ write the same names and shapes in row-major order, and the order is left open.
 Sources: the packers, run; the readers, read. No published file was at hand.
 """
 
+import json
 from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
 from typing import Any
 
+from diffquant import headers
 from diffquant.errors import FormatError
-from diffquant.formats import Format, Hints, OpenPart, Reading, StoredLayer
+from diffquant.families import FAMILIES
+from diffquant.formats import Export, Format, Hints, OpenPart, Outgoing, Reading, StoredLayer
+from diffquant.formats._outgoing import (
+    BIAS,
+    DENSE_SPELLING,
+    Joined,
+    Spelling,
+    exported,
+    joined,
+    naming_of,
+    spelled_layer,
+)
 from diffquant.formats._svdquant import (
+    AWQ,
+    AWQ_GROUP,
+    ENDINGS,
+    INT4,
+    NVFP4,
     PACKED,
     ROWS,
     awq_layer,
@@ -36,6 +56,7 @@ from diffquant.formats._svdquant import (
     unused,
 )
 from diffquant.headers import Header
+from diffquant.plan import ROW_MAJOR, Encoding, Plan, Role
 from diffquant.sources import Checkpoint
 
 GELU_SHIFT = 0.171875
@@ -172,10 +193,122 @@ def _notes(
         yield "attention of the refiners is kept dense (skip_refiners)"
 
 
+# the way out -------------------------------------------------------------------------------------
+
+WHO = "nunchaku"
+#: What the kernels want where the plan has no such part.
+FILLS = {Role.SMOOTH: 1.0, Role.BIAS: 0.0}
+DTYPES = {Role.CODES: "I8"}
+AWQ_SPELLING = Spelling(
+    parts=(
+        Outgoing(role=Role.CODES, tensor="qweight", dtype="I32", layout=AWQ),
+        Outgoing(role=Role.BLOCK_SCALE, tensor="wscales", layout=AWQ),
+        Outgoing(role=Role.ZERO_POINT, tensor="wzeros", layout=AWQ),
+        BIAS,
+    )
+)
+AWQ_ENCODING = Encoding(
+    "int4", (("group", str(AWQ_GROUP)), ("signed", "false"), ("zero", "scaled"))
+)
+BARE_NVFP4 = Encoding("nvfp4", (("outer", "none"),))
+#: Names that are not upstream's rule of a prefix.
+MODEL_CLASSES = {"FluxTransformer2DModel": "NunchakuFluxTransformer2dModel"}
+
+
+def _write(plan: Plan) -> Export:
+    """One file: SVDQuant layers packed, modulation in AWQ order, everything else as it is."""
+    naming = naming_of(plan, (WHO,), WHO)
+    weights = joined(plan, naming, WHO)
+    spellings = _spellings(_endings(plan.family))
+    layers = tuple(
+        spelled_layer(each, spellings.get(str(each.piece.encoding)), WHO) for each in weights
+    )
+    precision = _one_precision(weights)
+    return exported(
+        plan,
+        layers,
+        naming,
+        config=None,
+        metadata={
+            "model_class": _model_class(str(plan.config.get("_class_name", ""))),
+            "config": json.dumps(dict(plan.config)),
+            "quantization_config": json.dumps(_declaration(precision, _most_rank(plan))),
+        },
+    )
+
+
+def _endings(family: str) -> Mapping[Role, str]:
+    """Files in FLUX.1's first naming spell the parts in the second way."""
+    namings = FAMILIES.load(family).namings
+    first = namings[WHO] == namings.get(f"{WHO}_v2", namings[WHO])
+    return {role: names[0] if first else names[-1] for role, names in ENDINGS.items()}
+
+
+def _spellings(endings: Mapping[Role, str]) -> Mapping[str, Spelling]:
+    packed = Spelling(
+        parts=tuple(
+            Outgoing(
+                role=role,
+                tensor=ending,
+                dtype=DTYPES.get(role),
+                layout=PACKED.get(role, ROW_MAJOR),
+                axes="one" if role is Role.TENSOR_SCALE else None,
+                filled=FILLS.get(role),
+            )
+            for role, ending in endings.items()
+        ),
+        smooth="divide",
+        lowrank_input="raw",
+        pad=128,
+    )
+    return {
+        "dense": DENSE_SPELLING,
+        str(INT4.encoding): packed,
+        str(NVFP4.encoding): packed,
+        str(BARE_NVFP4): packed,
+        str(AWQ_ENCODING): AWQ_SPELLING,
+    }
+
+
+def _one_precision(weights: tuple[Joined, ...]) -> str:
+    """Raises FormatError for a plan of both precisions, or of none: the metadata names one."""
+    svdquant = {str(INT4.encoding): "int4", str(NVFP4.encoding): "nvfp4", str(BARE_NVFP4): "nvfp4"}
+    kinds = (svdquant.get(str(each.piece.encoding)) for each in weights)
+    found = sorted({kind for kind in kinds if kind is not None})
+    if len(found) != 1:
+        raise FormatError(f"{WHO} stores int4 or nvfp4 layers, the plan has {found or 'neither'}")
+    return found[0]
+
+
+def _declaration(precision: str, rank: int) -> dict[str, object]:
+    dtype = next(name for name, meant in DECLARED.items() if meant == precision)
+    kind = INT4 if precision == "int4" else NVFP4
+    scale = None if precision == "int4" else [None, "fp8_e4m3_nan"]
+    number = {"dtype": dtype, "scale_dtype": scale, "group_size": kind.group}
+    return {"method": "svdquant", "weight": number, "activation": number, "rank": rank}
+
+
+def _model_class(name: str) -> str:
+    return MODEL_CLASSES.get(name, f"Nunchaku{name}")
+
+
+def _most_rank(plan: Plan) -> int:
+    """The rank that most layers have, from the recode that makes them or the file that holds them."""
+    pieces = [piece for layer in plan.layers for piece in layer.pieces]
+    found = [piece.recode.rank for piece in pieces if piece.recode and piece.recode.rank]
+    header = None if found else headers.read([Path(file.path) for file in plan.files])
+    for piece in pieces:
+        down = piece.part(Role.LOWRANK_DOWN)
+        if header is not None and down is not None:
+            found.append(prod(header.tensors[down.ref.name].shape) // piece.stored_NK[1])
+    return max(set(found), key=found.count) if found else 0
+
+
 FORMAT = Format(
     evidence=_evidence,
     read=_read,
     encodings=("int4", "nvfp4"),
     namings=("nunchaku",),
     proof="true files",
+    write=_write,
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from diffquant.device import Device
 from diffquant.errors import KernelError
-from diffquant.plan import Activation, Encoding, LayerPlan, Piece, Role, Rotation
+from diffquant.plan import DENSE, Activation, Encoding, LayerPlan, Piece, Role, Rotation
 from diffquant.plugins import Registry
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _choose_piece(
     refused: list[Refusal] = []
     for name, kernel in ordered:
         for spec in _ways(piece, kernel, numerics):
-            reason = _unwilling(name, kernel, demanded) or refusal(kernel, spec, device)
+            reason = _unwilling(name, kernel, demanded, numerics) or refusal(kernel, spec, device)
             if reason is None:
                 return name, spec, refused
             if _concerns(kernel, spec):
@@ -220,9 +220,14 @@ def _ways(piece: Piece, kernel: Kernel, numerics: Numerics) -> list[Spec]:
     return [way for way in ways if way.activation is not None or weight_only] or ways[:1]
 
 
-def _unwilling(name: str, kernel: Kernel, demanded: str | None) -> str | None:
+def _unwilling(name: str, kernel: Kernel, demanded: str | None, numerics: Numerics) -> str | None:
+    if demanded is None and kernel.opt_in:
+        return "runs only when named by --kernel"
+    weight_only = kernel.needs.activations == {WEIGHT_ONLY}
+    if demanded is None and numerics == "faithful" and weight_only and name != DENSE.name:
+        return "decodes in its own way, and faithful numerics are the reference's"
     if demanded is None:
-        return "runs only when named by --kernel" if kernel.opt_in else None
+        return None
     # Dense pieces of a layer have one kernel; a demand speaks of the encoded ones.
     return None if name in (demanded, "dense") else f"--kernel {demanded} was demanded"
 

@@ -110,7 +110,9 @@ def whole(codes: "Tensor", dtype: "Dtype") -> "Tensor":
 def grouped(chunk: "Tensor", scale: "Tensor", group: int) -> "Tensor":
     """The chunk [n, K] times scales [n, G], one per `group` columns; in place."""
     n, k = chunk.shape
-    scale = scale.to(chunk.dtype)
+    # One-byte scales and powers of two are exact in bfloat16; wider ones would round all of a block
+    # the same way, which does not average out.
+    scale = scale.to(chunk.dtype) if scale.element_size() == 1 else scale
     if k % group == 0:
         chunk.view(n, -1, group).mul_(scale[:, :, None])
         return chunk

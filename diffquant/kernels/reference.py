@@ -2,8 +2,8 @@
 
 What a 16-bit model would hold in 16 bits is rounded to its dtype, as ModelOpt's own fake
 quantization does: the decoded weight, the quantized input, and the product once its bias is in it.
-With that order ModelOpt's outputs come back to the last bit; without either rounding of an operand
-`wan/mixed` is off by 0.6 %. A float32 model rounds nowhere.
+A ModelOpt export that lost nothing then gives ModelOpt's output exactly; without either rounding of
+an operand it is off by 0.6 % (tests/unit/test_faithful.py). A float32 model rounds nowhere.
 
 Runs every encoding on every device and emulates every activation quantization. It is slow, because
 the whole weight is decoded at each call; other kernels are judged against it.

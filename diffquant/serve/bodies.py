@@ -151,6 +151,11 @@ _SAME_NAME = (
 FIELDS = tuple(ImageBody.model_fields)
 
 
+def body_name(field: str) -> str:
+    """What a body calls a field of a run.Request."""
+    return {"num_images_per_prompt": "n"}.get(field, field)
+
+
 def _ignored(name: str, message: str) -> Refused:
     return Refused(400, message, param=name, code="ignored_parameter")
 

@@ -48,7 +48,7 @@ class Job:
     id        unguessable: knowing it is the right to see its pictures
     name      what the client calls it, in X-Request-Id
     previews  steps after which a preview is wanted
-    deadline  by time.monotonic()
+    deadline  by time.monotonic(), as are arrived and began
     tell      called on the worker's thread when the state, the step or the preview changes
     """
 
@@ -61,6 +61,7 @@ class Job:
     id: str = field(default_factory=lambda: secrets.token_urlsafe(18))
     created: int = field(default_factory=lambda: int(time.time()))
     arrived: float = field(default_factory=time.monotonic)
+    began: float | None = None
     state: State = State.QUEUED
     step: int = 0
     outcome: "Future[Result]" = field(default_factory=_promised)
@@ -74,6 +75,13 @@ class Job:
     @property
     def steps_left(self) -> int:
         return max(self.steps - self.step, 0)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Of its own steps so far, once there are two to judge by."""
+        if self.began is None or self.step < 2:
+            return None
+        return (time.monotonic() - self.began) / self.step
 
     @property
     def why_stopped(self) -> str | None:

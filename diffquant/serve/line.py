@@ -129,7 +129,7 @@ class Line:
         before = waiting[: waiting.index(job)] if job in waiting else []
         ahead = [*before, *([self.running] if self.running not in (None, job) else [])]
         steps = sum(each.steps_left for each in ahead if each is not None) + job.steps_left
-        return steps * self._step_seconds
+        return steps * self._pace
 
     def close(self, patience: float) -> None:
         """Take nothing new, give what is here `patience` seconds, then stop it and the thread."""
@@ -187,6 +187,7 @@ class Line:
         try:
             job.require_going()
             job.state = State.RUNNING
+            job.began = started
             job.moved()
             if not self._is_open:
                 self.engine.open()
@@ -245,4 +246,10 @@ class Line:
 
     def _seconds_until_room(self) -> int:
         steps = self.running.steps_left if self.running else 1
-        return max(math.ceil(steps * self._step_seconds), 1)
+        return max(math.ceil(steps * self._pace), 1)
+
+    @property
+    def _pace(self) -> float:
+        """Seconds per step: of the job that runs, else of recent ones."""
+        running = self.running
+        return (running and running.step_seconds) or self._step_seconds

@@ -97,7 +97,7 @@ def of_validation(errors: Sequence[Any], known: Sequence[str]) -> Refused:
     path = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
     param = ".".join(path) or None
     if first["type"] == "extra_forbidden" and param is not None:
-        near = difflib.get_close_matches(param, known, n=1)
+        near = difflib.get_close_matches(param, known, n=1, cutoff=0.7)
         advice = f"; did you mean {near[0]!r}?" if near else ""
         return Refused(
             400,

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from diffquant.serve.bodies import body_name
 from diffquant.serve.engine import Engine, Facts
 from diffquant.serve.jobs import Job
 from diffquant.serve.line import Line
@@ -69,7 +70,7 @@ class Service:
             "numerics": facts.report.numerics,
             "loaded": self.line.is_open,
             "defaults": dict(facts.defaults),
-            "fields": sorted(facts.fields - self._meaningless(facts)),
+            "fields": sorted(body_name(name) for name in facts.meaningful),
             "previews": facts.previews,
             "limits": {name: getattr(limits, name) for name in limits.__slots__},
             "queue": {
@@ -79,9 +80,6 @@ class Service:
             },
             "timeout": self.settings.timeout,
         }
-
-    def _meaningless(self, facts: Facts) -> frozenset[str]:
-        return frozenset({"guidance_scale"} if facts.no_guidance else ())
 
     def _ended(self, job: Job, waited: float, drew: float) -> None:
         self.metrics.ended(job, waited, drew)

@@ -5,6 +5,7 @@ import pytest
 from diffquant import aliases
 from diffquant.aliases import Flag, from_environment, heard, quantizations, translate
 from diffquant.errors import UsageError
+from diffquant.schemes import SCHEMES
 
 OLD_NAMES = ("--quantized-model-path", "--transformer-quantized-path")
 

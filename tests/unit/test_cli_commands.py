@@ -17,8 +17,10 @@ GENERATE_OPTIONS = """
 --seed --num-images-per-prompt --max-sequence-length
 --output-path --output-file-name
 --model-path --transformer-path --transformer-weights-path --model-id --revision --local-files-only
---quantization --quantization-ignored-layers --enable-svdquant --quantization-precision
+--quantization --quantization-ignored-layers --quantization-scope --quantize-all --requantize
+--enable-svdquant --quantization-precision
 --quantization-rank --nvfp4-nibbles --scale-layout --raw-fp8
+--save-quantized
 --device --dtype --numerics --kernel --strict
 --config --config-from-metadata
 --json
@@ -195,17 +197,11 @@ def test_plan_refuses_a_component_the_pipeline_does_not_have(
     assert "--vae-path names a component 'vae'" in capsys.readouterr().err
 
 
-def test_a_quantization_that_nothing_does_is_refused(
+def test_how_to_quantize_needs_what_to_quantize_to(
     base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dense = {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}
-    header = json.dumps({"proj_out.weight": dense}).encode()
-    (base / "transformer" / "config.json").write_text('{"_class_name": "Tiny"}')
-    (base / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(
-        len(header).to_bytes(8, "little") + header + bytes(8)
-    )
-    assert run(["plan", "--model-path", str(base), "--quantization", "fp8"]) == 2
-    assert "quantizing while loading is not built yet" in capsys.readouterr().err
+    assert run(["plan", "--model-path", str(base), "--quantize-all"]) == 2
+    assert "--quantize-all has nothing to act on" in capsys.readouterr().err
 
 
 def test_foreign_words_are_answered_on_stderr(

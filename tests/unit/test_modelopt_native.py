@@ -47,16 +47,15 @@ def test_every_weight_is_what_its_owner_multiplies_with(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", COMPRESSED)
-def test_a_transposed_scale_of_another_layer_is_noticed(scheme: str, tmp_path: Path) -> None:
+def test_a_doubled_scale_is_noticed(scheme: str, tmp_path: Path) -> None:
     broken = shutil.copytree(NATIVE / scheme, tmp_path / "broken")
     tensors = load_file(broken / WEIGHTS)
     name = "context_embedder.weight_quantizer._scale"
-    tensors[name] = tensors[name].view(torch.uint8).flip(0).view(tensors[name].dtype)
-    if not tensors[name].dim():
-        tensors[name] = tensors[name] * 2
-    save_file(tensors, broken / WEIGHTS)
+    scale = tensors[name]
+    doubled = scale + 1 if scale.dtype == torch.uint8 else (scale.float() * 2).to(scale.dtype)
+    save_file(tensors | {name: doubled}, broken / WEIGHTS)
     expected = load_file(NATIVE / f"{scheme}.expected.safetensors")
-    assert worst(drafted(broken).plan, expected) > 0.01
+    assert worst(drafted(broken).plan, expected) > 0.4
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,484 @@
+"""A comparison as one HTML page that holds everything it shows and asks no network."""
+
+import base64
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from html import escape
+from math import isfinite, isnan
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffquant.compare import plots
+from diffquant.compare.comparison import BEHIND, MEANS, Candidate, Comparison, Pair
+from diffquant.compare.cost import Cost
+from diffquant.compare.layers import Layer
+from diffquant.compare.metrics import WHITE
+from diffquant.compare.verdict import FIGURES, Check
+from diffquant.plan import DENSE
+
+HERE = Path(__file__).parent
+#: Side in pixels below which a picture is shown with its pixels as squares.
+SMALL = 200
+#: Colours of a difference, from none to the largest, as RGB.
+RAMP = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164))
+#: The difference of which this part of the pixels stays below is shown as the largest.
+BRIGHT = 0.995
+GAINS = (1, 2, 4, 8, 16, 32, 64, 128)
+HUES = 6
+WORST = 8
+
+
+def page(comparison: Comparison) -> str:
+    """The whole page."""
+    drawn = comparison.candidates[0].pairs
+    body = [
+        _head(comparison),
+        _tabs(comparison),
+        *(_candidate(each, comparison) for each in comparison.candidates),
+        _costs(comparison),
+        _commands(comparison),
+        _conditions(comparison),
+    ]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(_title(comparison))}</title>"
+        f"<style>{_text('report.css')}{_references(drawn)}</style></head>"
+        f"<body><main>{''.join(body)}"
+        "<footer>Made by diffquant. Same noise, prompts and steps on both sides; the two were never "
+        f"in memory together.</footer></main><script>{_text('report.js')}</script></body></html>\n"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- head
+
+
+def _title(comparison: Comparison) -> str:
+    names = ", ".join(candidate.name for candidate in comparison.candidates)
+    return f"{names} against {comparison.reference}"
+
+
+def _head(comparison: Comparison) -> str:
+    first = comparison.candidates[0].pairs
+    failure = comparison.first_failure
+    said = "" if failure is None else f'<p class="failure">{escape(failure)}</p>'
+    notes = "".join(f'<p class="note">{escape(text)}</p>' for text in comparison.notes)
+    conditions = comparison.conditions
+    facts = (
+        conditions.get("pipeline", ""),
+        _count(len(first), "drawing"),
+        conditions.get("size", ""),
+        f"{len(first[0].steps)} steps",
+        conditions.get("dtype", ""),
+        conditions.get("device", ""),
+    )
+    return (
+        '<header><div class="over"><span>diffquant compare</span>'
+        '<button class="theme" type="button">light / dark</button></div>'
+        f'<h1>{_sentence(comparison)}</h1><p class="lead">{escape(" · ".join(filter(None, facts)))}</p>'
+        f"{said}{notes}</header>"
+    )
+
+
+def _sentence(comparison: Comparison) -> str:
+    level = comparison.candidates[0].verdict.level
+    kept = sum(candidate.verdict.ok for candidate in comparison.candidates)
+    total = len(comparison.candidates)
+    colour = "good" if comparison.ok else "bad"
+    if total == 1:
+        verb = "keeps" if comparison.ok else "misses"
+        name = escape(comparison.candidates[0].name)
+        return f'{name} <b class="{colour}">{verb} {level}</b>'
+    every = "All" if kept == total else f"{kept} of"
+    return f'{every} {total} candidates <b class="{colour}">keep {level}</b>'
+
+
+def _tabs(comparison: Comparison) -> str:
+    if len(comparison.candidates) == 1:
+        return ""
+    buttons = "".join(
+        f'<button type="button" role="tab" class="{_outcome(each)}">{escape(each.name)}</button>'
+        for each in comparison.candidates
+    )
+    return f'<div class="tabs" role="tablist" aria-label="Candidates">{buttons}</div>'
+
+
+def _outcome(candidate: Candidate) -> str:
+    return "kept" if candidate.verdict.ok else "missed"
+
+
+# ----------------------------------------------------------------------------------------- candidate
+
+
+def _candidate(candidate: Candidate, comparison: Comparison) -> str:
+    notes = "".join(
+        f'<p class="note">{escape(text)}</p>' for text in (*candidate.truth_lines, *candidate.notes)
+    )
+    defects = "".join(
+        f'<p class="failure">{escape(text)}</p>'
+        for text in candidate.verdict.defects[:WORST]
+        if f"{candidate.name}: {text}" != comparison.first_failure
+    )
+    pairs = "".join(
+        _pair(pair, index, candidate, comparison) for index, pair in enumerate(candidate.pairs)
+    )
+    return (
+        f'<section class="candidate"><div class="tiles">{"".join(_tiles(candidate, comparison))}</div>'
+        f"{defects}{notes}"
+        f"<h2>Pictures</h2><p>Drag across a picture: {escape(comparison.reference)} on the left, "
+        f"{escape(candidate.name)} on the right. Beside it what differs, amplified as it says.</p>"
+        f'<div class="pairs">{pairs}</div>'
+        "<h2>Where the error comes from</h2><p>Relative L2: the size of the difference over the size "
+        "of the reference. 0.01 is one percent.</p>"
+        f'<div class="plots">{_trajectory(candidate)}{_depth(candidate)}</div>{_worst(candidate)}</section>'
+    )
+
+
+def _tiles(candidate: Candidate, comparison: Comparison) -> Iterator[str]:
+    checks = {check.figure: check for check in candidate.verdict.checks}
+    for name in ("psnr", "ssim", "cosine", "relative_l2", "one_step", "kernel"):
+        value = candidate.figures[name]
+        if value is not None:
+            shown = FIGURES[name].shown(value) if isfinite(value) else _without_number(value)
+            yield _tile(FIGURES[name].title, shown, _limit(checks.get(name)))
+    ours, theirs = candidate.cost, comparison.reference_cost
+    yield _tile(
+        "weights", _megabytes(ours.weight_bytes), _times(ours.weight_bytes, theirs.weight_bytes)
+    )
+    yield _tile(
+        "per step", _seconds(ours.step_seconds), _times(ours.step_seconds, theirs.step_seconds)
+    )
+
+
+def _without_number(value: float) -> str:
+    return "NaN" if isnan(value) else "∞"
+
+
+def _tile(title: str, value: str, below: str) -> str:
+    head = escape(title[:1].upper() + title[1:])
+    return f'<div class="tile"><span>{head}</span><strong>{escape(value)}</strong>{below}</div>'
+
+
+def _limit(check: Check | None) -> str:
+    if check is None:
+        return "<small>not judged</small>"
+    figure = FIGURES[check.figure]
+    sign = "at least" if figure.higher else "at most"
+    colour, mark = ("good", "✓") if check.ok else ("bad", "✗")
+    return f'<small class="{colour}">{mark} {sign} {check.limit:g}{escape(figure.unit)}</small>'
+
+
+def _times(ours: float, theirs: float) -> str:
+    return f"<small>{ours / theirs:.2f} × the reference</small>" if theirs else ""
+
+
+# ------------------------------------------------------------------------------------------ pictures
+
+
+def _pair(pair: Pair, index: int, candidate: Candidate, comparison: Comparison) -> str:
+    reference, ours = _middle(pair.reference_frames), _middle(pair.candidate_frames)
+    height, width = ours.shape[-2:]
+    small = " small" if min(height, width) < SMALL else ""
+    prompt, seed = escape(pair.request.prompt or ""), pair.request.seeds[0]
+    gain = _gain(reference, ours)
+    return (
+        f'<article class="card pair{small}" style="--shape:{width}/{height}">'
+        f"<h3>{prompt}<span>seed {seed}</span></h3>"
+        '<div class="views"><div class="view slide">'
+        f'<div style="background-image:var(--picture{index})"></div>'
+        f'<div class="over-it" style="background-image:{_url(ours)}"></div>'
+        '<div class="knob"></div>'
+        f'<span class="tag left">{escape(comparison.reference)}</span>'
+        f'<span class="tag right">{escape(candidate.name)}</span>'
+        f'<input type="range" min="0" max="100" value="50" step="0.5" '
+        f'aria-label="Share of the reference shown, {prompt}"></div>'
+        f'<div class="view"><div role="img" aria-label="Difference, amplified {gain} times" '
+        f'style="background-image:{_url(_difference(reference, ours, gain))}"></div>'
+        f'<span class="tag right">difference × {gain}</span></div></div>'
+        f'<div class="figures">{"".join(_figures(pair))}</div></article>'
+    )
+
+
+def _figures(pair: Pair) -> Iterator[str]:
+    alike = pair.likeness
+    psnr = f"{alike.psnr_db:.1f} dB" if isfinite(alike.psnr_db) else "identical"
+    named = [
+        ("PSNR", psnr),
+        ("SSIM", f"{alike.ssim:.4f}"),
+        ("MS-SSIM", None if alike.ms_ssim is None else f"{alike.ms_ssim:.4f}"),
+        ("MAE", f"{alike.mae:.2f}/255"),
+        ("flicker", None if alike.flicker is None else f"{alike.flicker:.2f}/255"),
+        ("worst frame", f"{min(alike.frames):.1f} dB" if alike.frames else None),
+    ]
+    for name, value in named:
+        if value is not None:
+            yield f"<span>{name} <b>{value}</b></span>"
+    for flaw in pair.flaws:
+        yield f'<span class="bad">{escape(flaw)}</span>'
+
+
+def _middle(frames: Tensor) -> Tensor:
+    return frames[len(frames) // 2]
+
+
+def _gain(reference: Tensor, ours: Tensor) -> int:
+    """The largest power of two at which almost every difference still has room."""
+    gap = (reference.float() - ours.float()).abs().mean(0).flatten()
+    bright = float(gap.sort().values[int(BRIGHT * (gap.numel() - 1))])
+    return next((gain for gain in reversed(GAINS) if bright * gain <= WHITE), 1)
+
+
+def _difference(reference: Tensor, ours: Tensor, gain: int) -> Tensor:
+    """Mean absolute difference over the channels, amplified, in colour: uint8 [3, H, W]."""
+    gap = (reference.float() - ours.float()).abs().mean(0) * gain / WHITE
+    ramp = torch.tensor(RAMP, dtype=torch.float32)
+    place = gap.clamp(0, 1) * (len(RAMP) - 1)
+    below = place.long().clamp(max=len(RAMP) - 2)
+    part = (place - below).unsqueeze(-1)
+    mixed = ramp[below] * (1 - part) + ramp[below + 1] * part
+    return mixed.round().to(torch.uint8).permute(2, 0, 1)
+
+
+def _references(pairs: Sequence[Pair]) -> str:
+    """The reference's pictures, once each, for all candidates."""
+    urls = (
+        f"--picture{index}:{_url(_middle(pair.reference_frames))};"
+        for index, pair in enumerate(pairs)
+    )
+    return f":root{{{''.join(urls)}}}"
+
+
+def _url(picture: Tensor) -> str:
+    """uint8 [3, H, W] as a CSS url that holds the picture itself."""
+    stream = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(
+        stream, "PNG", optimize=True
+    )
+    return f"url(data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()})"
+
+
+# --------------------------------------------------------------------------------------------- plots
+
+
+def _trajectory(candidate: Candidate) -> str:
+    runs = [[step.relative_l2 for step in pair.steps] for pair in candidate.pairs]
+    means = [sum(values) / len(values) for values in zip(*runs, strict=True)]
+    by_step: dict[int, list[float]] = {}
+    for each in candidate.one_step:
+        by_step.setdefault(each.step, []).append(each.distance.relative_l2)
+    alone = [sum(values) / len(values) for _, values in sorted(by_step.items())]
+    thin = [_line("one drawing", "hue0 thin", run) for run in runs] if len(runs) > 1 else []
+    curves = [
+        *thin,
+        _line("latents, mean", "hue0", means),
+        _line("one step from the reference", "hue1 dashed", alone),
+    ]
+    legend = _legend([("hue0", "latents after each step"), ("hue1 dashed", "one-step error")])
+    return _plot(
+        "Along the trajectory",
+        "Latents drift as errors compound. The dashed line is the transformer's answer to the "
+        "reference's own inputs, so nothing compounds.",
+        plots.lines(curves, x="step", y="relative L2") + legend,
+    )
+
+
+def _line(name: str, kind: str, values: Sequence[float]) -> plots.Line:
+    return plots.Line(
+        name=name, kind=kind, points=tuple((float(i), value) for i, value in enumerate(values, 1))
+    )
+
+
+def _depth(candidate: Candidate) -> str:
+    kinds = _kinds(layer.encoding for layer in candidate.layers)
+    weight = BEHIND["weight"]
+    items = [
+        plots.Bar(
+            title=_told(layer),
+            kind=kinds[layer.encoding],
+            value=layer.output or 0.0,
+            mark=weight(layer) or None,
+        )
+        for layer in candidate.layers
+    ]
+    legend = _legend([(kind, name) for name, kind in kinds.items()] + [("tick", "weight error")])
+    return _plot(
+        "Along the depth of the network",
+        "What each linear gives in one forward from the same input, errors of those before included; "
+        "a tick is its weight's own error.",
+        plots.bars(items, x="linear", y="relative L2") + legend,
+    )
+
+
+def _kinds(encodings: Iterable[str]) -> dict[str, str]:
+    """A colour for each encoding; dense layers are grey."""
+    found = dict.fromkeys(encodings)
+    hued = [name for name in found if name != DENSE.name]
+    return {
+        name: DENSE.name if name == DENSE.name else f"hue{hued.index(name) % HUES}"
+        for name in found
+    }
+
+
+def _told(layer: Layer) -> str:
+    figures = [f"output {layer.output:.4f}"] if layer.output is not None else []
+    figures += [
+        f"{name} {value:.4f}"
+        for name in ("weight", "kernel")
+        if (value := BEHIND[name](layer)) is not None
+    ]
+    return "\n".join([layer.path, f"{layer.encoding}, {layer.choice}", *figures])
+
+
+def _plot(title: str, text: str, drawn: str) -> str:
+    return f'<div class="card plot"><h3>{title}</h3><p>{text}</p>{drawn}</div>'
+
+
+def _legend(entries: Iterable[tuple[str, str]]) -> str:
+    spans = "".join(f'<span class="{kind}">{escape(name)}</span>' for kind, name in entries)
+    return f'<div class="legend">{spans}</div>'
+
+
+def _worst(candidate: Candidate) -> str:
+    rows = [
+        (
+            f'<td class="path"><code>{escape(layer.path)}</code></td>',
+            f"<td>{escape(layer.encoding)}</td><td>{escape(layer.choice)}</td>",
+            *(f'<td class="number">{_error(of(layer))}</td>' for of in BEHIND.values()),
+        )
+        for layer in candidate.worst(BEHIND["output"], WORST)
+    ]
+    head = "<th>layer</th><th>encoding</th><th>kernel</th>" + "".join(
+        f'<th class="number">{name} error</th>' for name in BEHIND
+    )
+    return (
+        f"<details><summary>The {len(rows)} layers with the largest output error</summary>"
+        f'<div class="card table"><table><tr>{head}</tr>{"".join(map(_row, rows))}</table></div></details>'
+    )
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+# --------------------------------------------------------------------------------------------- costs
+
+
+def _costs(comparison: Comparison) -> str:
+    everyone = [
+        (comparison.reference, comparison.reference_cost, "reference"),
+        *((each.name, each.cost, "") for each in comparison.candidates),
+    ]
+    most = [max(_bars_of(cost)[i] or 0 for _, cost, _ in everyone) for i in range(4)]
+    rows = "".join(_cost_row(*one, most) for one in everyone)
+    heads = ("", "seconds per step", "load", "weights", "peak memory")
+    head = "".join(f'<th class="{"number" if name else ""}">{name}</th>' for name in heads)
+    table = f'<div class="card table"><table><tr>{head}</tr>{rows}</table></div>'
+    return (
+        "<h2>What it costs, what it saves</h2><p>Steps are medians without the first of each drawing. "
+        "Peak memory is the device's, or on a CPU the whole process's, Python included.</p>"
+        f"{_savings(comparison)}{table}"
+    )
+
+
+def _savings(comparison: Comparison) -> str:
+    """Bytes and seconds against error, where there are several to choose from."""
+    if len(comparison.candidates) == 1:
+        return ""
+    bytes_plot = _against_error(
+        comparison, lambda cost: cost.weight_bytes / 1e6, "megabytes of weights"
+    )
+    seconds_plot = _against_error(
+        comparison, lambda cost: cost.step_seconds * 1000, "milliseconds per step"
+    )
+    return (
+        '<div class="plots stacked">'
+        + _plot("Bytes against error", "Down is truer, left is smaller.", bytes_plot)
+        + _plot("Time against error", "Down is truer, left is faster.", seconds_plot)
+        + "</div>"
+    )
+
+
+def _against_error(comparison: Comparison, of: Callable[[Cost], float], x: str) -> str:
+    items = [
+        plots.Dot(
+            name=each.name,
+            kind=_outcome(each),
+            x=of(each.cost),
+            y=each.mean(MEANS["relative_l2"]).value,
+        )
+        for each in comparison.candidates
+    ]
+    wall = (comparison.reference, of(comparison.reference_cost))
+    return plots.dots(items, x=x, y="relative L2 of the latents", wall=wall)
+
+
+def _bars_of(cost: Cost) -> tuple[float | None, ...]:
+    return cost.step_seconds, cost.load_seconds, cost.weight_bytes, cost.peak_bytes
+
+
+def _cost_row(name: str, cost: Cost, kind: str, most: Sequence[float]) -> str:
+    peak = "unknown" if cost.peak_bytes is None else _megabytes(cost.peak_bytes)
+    shown = (
+        _seconds(cost.step_seconds),
+        _seconds(cost.load_seconds),
+        _megabytes(cost.weight_bytes),
+        peak,
+    )
+    cells = "".join(
+        f'<td class="number">{text}<span class="meter"><i style="width:{100 * (value or 0) / (top or 1):.0f}%">'
+        "</i></span></td>"
+        for text, value, top in zip(shown, _bars_of(cost), most, strict=True)
+    )
+    return f'<tr class="{kind}"><td>{escape(name)}</td>{cells}</tr>'
+
+
+def _commands(comparison: Comparison) -> str:
+    named = [
+        ("This comparison", comparison.command),
+        (f"A picture by {comparison.reference}", comparison.reference_command),
+        *((f"A picture by {each.name}", each.command) for each in comparison.candidates),
+    ]
+    blocks = "".join(
+        f'<p class="note">{escape(title)}</p><div class="card command"><pre>{escape(command)}</pre>'
+        '<button type="button">copy</button></div>'
+        for title, command in named
+        if command
+    )
+    return f"<h2>The commands</h2>{blocks}" if blocks else ""
+
+
+def _conditions(comparison: Comparison) -> str:
+    rows = "".join(
+        f'<tr><td>{escape(name)}</td><td class="path">{escape(value)}</td></tr>'
+        for name, value in comparison.conditions.items()
+    )
+    return (
+        "<details><summary>What both sides share</summary>"
+        f'<div class="card table"><table>{rows}</table></div></details>'
+    )
+
+
+# --------------------------------------------------------------------------------------------- words
+
+
+def _text(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.2f} s"

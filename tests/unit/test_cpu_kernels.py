@@ -1,0 +1,129 @@
+"""The portable CPU kernels against the weights their codecs define, and against themselves misled."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffquant.device import Device
+from diffquant.encodings import ENCODINGS, Granularity, Recipe
+from diffquant.kernels import KERNELS, Spec, refusal
+from diffquant.plan import Encoding, Role
+
+CPU = Device(kind="cpu", arch="x86_64", name="a CPU")
+#: Relative to a product in float64 of the same weights: rounding of bfloat16, twice.
+LIMIT = 3.5e-3
+N, K = 300, 512  # several chunks of 16 rows and more, the last one ragged
+
+
+@dataclass(frozen=True)
+class Case:
+    kernel: str
+    encoding: str
+    granularity: Granularity
+    group: int | None = None
+    options: tuple[tuple[str, str], ...] = ()
+    extra: dict[Role, Tensor] = field(default_factory=dict)
+
+    @property
+    def written(self) -> Encoding:
+        return Encoding(self.encoding, self.options)
+
+    def __str__(self) -> str:
+        return f"{self.written} {self.granularity}{self.group or ''} {'+'.join(self.extra)}"
+
+
+SCALED_ZERO = (("group", "64"), ("signed", "false"), ("zero", "scaled"))
+INVERSE = (("tensor_scale", "divide"),)
+CASES = [
+    Case("cpu_fp8", "fp8", "tensor"),
+    Case("cpu_fp8", "fp8", "channel"),
+    Case("cpu_fp8", "fp8", "block", 128),
+    Case("cpu_int8", "int8", "channel"),
+    Case("cpu_int8", "int8", "block", 128),
+    Case("cpu_int8", "int8", "group", 32),
+    Case("cpu_int8", "int8", "channel", extra={Role.ZERO_POINT: torch.arange(N) % 40 - 20.0}),
+    Case("cpu_mxfp8", "mxfp8", "group", 32),
+    Case("cpu_mxfp4", "mxfp4", "group", 32),
+    Case("cpu_mxfp4", "mxfp4", "group", 512),
+    Case("cpu_nvfp4", "nvfp4", "group", 16),
+    Case("cpu_nvfp4", "nvfp4", "group", 16, (("outer", "none"),)),
+    Case("cpu_nvfp4", "nvfp4", "group", 16, INVERSE, {Role.TENSOR_SCALE: torch.tensor(3e4)}),
+    Case("cpu_nvfp4", "nvfp4", "group", 16, extra={Role.CHANNEL_SCALE: 1 + torch.arange(N) / N}),
+    Case("cpu_int4", "int4", "group", 128),
+    Case("cpu_int4", "int4", "group", 64, (("group", "64"),)),
+    Case("cpu_int4", "int4", "channel"),
+    Case(
+        "cpu_int4", "int4", "group", 64, SCALED_ZERO, {Role.ZERO_POINT: torch.full((N, 8), -0.02)}
+    ),
+]
+
+
+def parts_of(case: Case) -> dict[Role, Tensor]:
+    weight_NK = torch.randn(N, K, generator=torch.Generator().manual_seed(0)) * 0.02
+    codec = ENCODINGS.load(case.encoding)
+    assert codec.encode is not None
+    recipe = Recipe(granularity=case.granularity, group=case.group)
+    return {**codec.encode(weight_NK, case.written, recipe), **case.extra}
+
+
+def product(case: Case, parts: dict[Role, Tensor], x_MK: Tensor) -> Tensor:
+    spec = Spec(encoding=case.written, shape_NK=(N, K), roles=frozenset(parts))
+    kernel = KERNELS.load(case.kernel)
+    assert refusal(kernel, spec, CPU) is None
+    return kernel.build(spec)(x_MK, parts)
+
+
+def truth(case: Case, parts: dict[Role, Tensor], x_MK: Tensor) -> Tensor:
+    decode = ENCODINGS.load(case.encoding).decode
+    return x_MK.double() @ decode(parts, case.written, (N, K)).double().T
+
+
+def error(found: Tensor, true: Tensor) -> float:
+    return float((found.double() - true).norm() / true.norm())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [(torch.bfloat16, LIMIT), (torch.float32, 1e-5), (torch.float16, 1e-3)],
+    ids=str,
+)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_it_multiplies_by_the_weight_the_codec_defines(
+    case: Case, dtype: torch.dtype, limit: float
+) -> None:
+    x_MK = torch.randn(9, K, generator=torch.Generator().manual_seed(1)).to(dtype)
+    parts = parts_of(case)
+    found = product(case, parts, x_MK)
+    assert found.dtype == dtype
+    assert error(found, truth(case, parts, x_MK)) < limit
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_wrong_codes_and_wrong_scales_are_far_off(case: Case) -> None:
+    x_MK = torch.randn(9, K, generator=torch.Generator().manual_seed(1)).bfloat16()
+    parts = parts_of(case)
+    true = truth(case, parts, x_MK)
+    swapped = parts[Role.CODES].view(torch.uint8)
+    swapped = (swapped << 4 | swapped >> 4).view(parts[Role.CODES].dtype)
+    assert error(product(case, {**parts, Role.CODES: swapped}, x_MK), true) > 10 * LIMIT
+    for role in (Role.BLOCK_SCALE, Role.CHANNEL_SCALE):
+        if role in parts:
+            moved = parts[role][torch.arange(len(parts[role])) - 1]
+            assert error(product(case, {**parts, role: moved}, x_MK), true) > 2 * LIMIT
+
+
+def test_a_weight_held_as_fp8_is_left_to_the_reference() -> None:
+    roles = frozenset({Role.CODES, Role.BLOCK_SCALE, Role.TENSOR_SCALE})
+    spec = Spec(encoding=Encoding("int4"), shape_NK=(N, K), roles=roles)
+    assert refusal(KERNELS.load("cpu_int4"), spec, CPU) == "cannot apply tensor_scale"
+
+
+def test_a_larger_layer_before_does_not_show_in_the_next() -> None:
+    case = CASES[10]
+    x_MK = torch.ones(1, K, dtype=torch.bfloat16)
+    first = product(case, parts_of(case), x_MK)
+    for other in CASES:
+        product(other, parts_of(other), x_MK)
+    assert torch.equal(product(case, parts_of(case), x_MK), first)

@@ -1,0 +1,147 @@
+"""The page in a real browser: draw, cancel, an error, a reload, a phone, no other network."""
+
+import importlib.util
+import re
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffquant import loading
+from diffquant.preset import for_model
+from diffquant.serve.app import listen, server
+from diffquant.serve.engine import Engine
+from diffquant.serve.page import page
+from diffquant.serve.service import Service
+from diffquant.serve.settings import Settings
+
+
+def _driver() -> Any:
+    spec = importlib.util.spec_from_file_location(
+        "browser", Path(__file__).parents[1] / "browser.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+DRIVER = _driver()
+PATIENCE = 30.0
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # diffusers and transformers warn of themselves
+]
+needs_chromium = pytest.mark.skipif(DRIVER.CHROMIUM is None, reason="apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    preset = for_model("emoji_flux")
+    assert preset is not None
+    load = partial(loading.load, run=loading.RunFlags(device="cpu"))
+    service = Service(
+        Engine(load, defaults=preset.defaults, flags={}), Settings(drain=1.0), model="emoji_flux"
+    )
+    running = server(service)
+    with listen("127.0.0.1", 0) as door:
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [door]})
+        thread.start()
+        assert service.line.opened.wait(PATIENCE)
+        yield f"http://127.0.0.1:{door.getsockname()[1]}/"
+        running.should_exit = True
+        thread.join(PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with DRIVER.browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def tab(browser: Any, url: str) -> Any:
+    """The page freshly opened, with nothing remembered."""
+    browser.size(1280, 800)
+    browser.goto(url)
+    browser.run("localStorage.clear()")
+    browser.goto(url)
+    browser.until("typeof info !== 'undefined' && info !== null")
+    browser.errors.clear()
+    return browser
+
+
+def ask(tab: Any, prompt: str, **fields: object) -> None:
+    tab.run("document.getElementById('prompt').focus()")
+    tab.type(prompt)
+    for name, value in fields.items():
+        tab.run(f"document.querySelector('[name={name}]').value = '{value}'")
+    tab.press("Enter", "Ctrl")
+
+
+@needs_chromium
+def test_a_picture_appears_with_its_parameters_and_its_truth(tab: Any) -> None:
+    ask(tab, "red apple", seed=7, num_inference_steps=4)
+    tab.until("history.length === 1 && !abort")
+    assert "4 steps · seed 7" in tab.run("document.getElementById('parameters').textContent")
+    truth = tab.run("document.getElementById('truth-shown').textContent")
+    assert truth == "transformer: 26/34 linears fp8 via cpu_fp8 (weight-only), 8 bf16"
+    assert tab.run("document.getElementById('picture').naturalWidth") == 64
+    assert tab.errors == []
+
+
+@needs_chromium
+def test_steps_are_seen_and_escape_cancels(tab: Any) -> None:
+    ask(tab, "red apple", num_inference_steps=200)
+    tab.until("document.getElementById('picture').alt.includes('step ')")
+    tab.press("Escape")
+    tab.until("!abort")
+    assert "cancelled" in tab.run("document.getElementById('error').textContent")
+    assert tab.run("history.length") == 0
+    assert tab.run("document.getElementById('draw').disabled") is False
+
+
+@needs_chromium
+def test_a_refusal_is_shown_and_the_next_one_draws(tab: Any) -> None:
+    ask(tab, "pear", width=99999)
+    tab.until("!document.getElementById('error').hidden")
+    assert "at most 4096" in tab.run("document.getElementById('error').textContent")
+    ask(tab, "", width=64, num_inference_steps=2)
+    tab.until("history.length === 1 && !abort")
+    assert tab.run("document.getElementById('error').hidden") is True
+
+
+@needs_chromium
+def test_the_history_survives_a_reload_and_is_leafed_through_with_keys(tab: Any, url: str) -> None:
+    ask(tab, "pear", num_inference_steps=2)
+    tab.until("history.length === 1 && !abort")
+    tab.run("document.getElementById('prompt').value = ''")
+    ask(tab, "banana", num_inference_steps=2)
+    tab.until("history.length === 2 && !abort")
+    tab.goto(url)
+    tab.until("typeof info !== 'undefined' && info !== null && history.length === 2")
+    assert tab.run("document.getElementById('prompt-shown').textContent") == "banana"
+    tab.press("ArrowRight", "Alt")
+    assert tab.run("document.getElementById('prompt-shown').textContent") == "pear"
+
+
+@needs_chromium
+def test_the_page_fits_a_phone(tab: Any) -> None:
+    tab.size(400, 800)
+    time.sleep(0.1)
+    assert tab.run("document.documentElement.scrollWidth") <= 400
+    heights = "[...document.querySelectorAll('.buttons button')].map(b => b.offsetHeight)"
+    assert min(tab.run(heights)) >= 44
+
+
+def test_the_page_is_one_small_file_that_asks_nobody_else() -> None:
+    text, policy = page()
+    assert len(text) < 24_000
+    assert not re.search(r"https?://|//\w+\.\w+|src=|@import", text)
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
