@@ -32,6 +32,28 @@ SPELLINGS: Mapping[str, str] = {
 TEXT_ENCODERS = ("text_encoder", "lora_te", "text_encoders")
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One typed LoRA. The component is the one of two transformers it is for."""
+
+    source: str
+    scale: float = 1.0
+    component: str = "transformer"
+
+
+def parsed(text: str) -> Asked:
+    """`[COMPONENT=]SOURCE[:scale]`. A colon that no number follows belongs to the source."""
+    component, equals, rest = text.partition("=")
+    if not (equals and component in ("transformer", "transformer_2")):
+        component, rest = "transformer", text
+    source, colon, number = rest.rpartition(":")
+    try:
+        scale = float(number) if colon and source else None
+    except ValueError:
+        scale = None
+    return Asked(rest, component=component) if scale is None else Asked(source, scale, component)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reach:
     """What one LoRA finds in one model.
@@ -56,6 +78,14 @@ class Reach:
     @property
     def ok(self) -> bool:
         return bool(self.matched) and not self.misfits
+
+    def __str__(self) -> str:
+        missed = f", first {self.unmatched[0]!r}" if self.unmatched else ""
+        misfit = f"; {self.misfits[0]}" if self.misfits else ""
+        return (
+            f"{len(self.matched)} modules matched, {self.layers} layers touched ({self.encoded} "
+            f"encoded), {len(self.unmatched)} not matched{missed}{misfit}"
+        )
 
     @property
     def layers(self) -> int:

@@ -15,10 +15,17 @@ def attach(
 
     Components that are not given are loaded by diffusers in `dtype`; given ones are not touched.
     """
-    from diffusers import DiffusionPipeline
-
-    pipeline = DiffusionPipeline.from_pretrained(
-        root, dtype=dtype, local_files_only=True, **modules
-    )
+    pipeline = _class_of(root).from_pretrained(root, dtype=dtype, local_files_only=True, **modules)
+    for name, module in modules.items():
+        assert getattr(pipeline, name) is module, f"diffusers put another {name} in its place"
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def _class_of(root: Path) -> Any:
+    """The pipeline's own class. `DiffusionPipeline` itself knows of no optional components, and
+    loads Wan's transformers from the folder although they were given."""
+    import diffusers
+
+    name = diffusers.DiffusionPipeline.load_config(root)["_class_name"]
+    return getattr(diffusers, name, diffusers.DiffusionPipeline)

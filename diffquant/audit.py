@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
+from diffquant.encodings import ENCODINGS
 from diffquant.headers import Header
-from diffquant.plan import LayerPlan, Part, Piece, Plan, Problem, Role
+from diffquant.plan import ROW_MAJOR, LayerPlan, Part, Piece, Plan, Problem, Role
 
 #: Roles whose number of values follows from N and K alone.
 PER_ROW = frozenset({Role.CHANNEL_SCALE, Role.BIAS, Role.OUTPUT_SCALE})
@@ -29,15 +30,26 @@ def _shape(layer: LayerPlan, piece: Piece, part: Part, header: Header) -> Iterat
     n, k = piece.stored_NK
     shape = header.tensors[part.ref.name].shape
     wanted = {role: 1 for role in SINGLE} | {role: n for role in PER_ROW} | {Role.SMOOTH: k}
-    count = wanted.get(part.role)
+    count = wanted.get(part.role, _block_scales(piece, part))
     if part.role is Role.BIAS and prod(shape) == max((span.stop for span in piece.take), default=n):
         return  # writers that pad the weight leave the bias as it was
     if count is not None and prod(shape) != count:
-        yield Problem(part.ref.name, f"has shape {list(shape)}, {layer.path!r} needs {count} values")
+        yield Problem(
+            part.ref.name, f"has shape {list(shape)}, {layer.path!r} needs {count} values"
+        )
     axes = {Role.LOWRANK_DOWN: k, Role.LOWRANK_UP: n}
     if part.role in axes and axes[part.role] not in shape:
         what = f"has shape {list(shape)}, one axis must be {axes[part.role]} for {layer.path!r}"
         yield Problem(part.ref.name, what)
+
+
+def _block_scales(piece: Piece, part: Part) -> int | None:
+    """How many an encoding of fixed groups has; None where the layout pads or the file decides."""
+    group = ENCODINGS.load(piece.encoding.name).group
+    if part.role is not Role.BLOCK_SCALE or part.layout != ROW_MAJOR or group is None:
+        return None
+    n, k = piece.stored_NK
+    return n * -(-k // int(piece.encoding.option("block", str(group))))
 
 
 def _values(plan: Plan) -> Iterator[Problem]:

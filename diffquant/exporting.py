@@ -27,7 +27,6 @@ from diffquant.pieces import canonical, decoded
 from diffquant.plan import (
     DENSE,
     ROW_ROLES,
-    LayerPlan,
     Piece,
     Plain,
     PlainSource,
@@ -91,8 +90,8 @@ def prepare(plan: Plan, format_name: str, *, export: Export | None = None) -> Pr
     export = export or _export(plan, format_name)
     weights = Weights([Path(file.path) for file in plan.files])
     shapes = _Parts(plan, _Shapes(weights))
-    sketch = tuple(_Tensor(name, value) for name, value in _drawn(plan, export, shapes))
-    read = _read_back(plan, format_name, export, sketch)
+    sketches = tuple(_sketches(plan, export, shapes))
+    read = _read_back(plan, format_name, export, sketches)
     losses = tuple(_losses(plan, export, read))
     parts = _Parts(plan, weights)
     for layer in export.layers:
@@ -100,7 +99,7 @@ def prepare(plan: Plan, format_name: str, *, export: Export | None = None) -> Pr
     return Prepared(
         format=format_name,
         export=export,
-        tensors=tuple(_declared(plan, export, parts, read, sketch)),
+        tensors=tuple(_declared(plan, export, parts, read, sketches)),
         plan=read,
         losses=losses,
     )
@@ -163,18 +162,22 @@ class _Shapes(Weights):
         return torch.empty_like(self._weights.tensor(file, name), device="meta")
 
 
+def _pieces(plan: Plan) -> dict[Member, Piece]:
+    return {
+        (layer.path, index): piece
+        for layer in plan.layers
+        for index, piece in enumerate(layer.pieces)
+    }
+
+
 class _Parts:
     """Canonical parts of a plan's pieces. A recoded piece is encoded once, while its parts are asked
     for in a row."""
 
     def __init__(self, plan: Plan, weights: Weights) -> None:
-        self._weights = weights
+        self.weights = weights
         self._encoder = Encoder(plan, weights)
-        self._pieces = {
-            (layer.path, index): piece
-            for layer in plan.layers
-            for index, piece in enumerate(layer.pieces)
-        }
+        self._pieces = _pieces(plan)
         self._encoded: dict[Member, dict[Role, Tensor]] = {}
 
     def piece(self, member: Member) -> Piece:
@@ -195,18 +198,29 @@ class _Parts:
         alone = replace(piece, parts=tuple(part for part in piece.parts if part.role is role))
         if role is Role.BLOCK_SCALE and piece.take:
             self._require_rows(member, alone)
-        return canonical(alone, self._weights)[role]
+        return canonical(alone, self.weights)[role]
+
+    def share(self, one: Member, other: Member, role: Role) -> bool:
+        """Whether both pieces have the same part; of parts yet to be made, whether they will."""
+        recodes = [self.piece(member).recode for member in (one, other)]
+        if any(recode is not None and role in recode.roles for recode in recodes):
+            keys = {None if recode is None else recode.shared_amax for recode in recodes}
+            return role is Role.TENSOR_SCALE and len(keys) == 1 and None not in keys
+        if self.piece(one).part(role) == self.piece(other).part(role):
+            return True
+        first, second = self.get(one, role), self.get(other, role)
+        return first is not None and second is not None and torch.equal(first, second)
 
     def _made(self, member: Member, piece: Piece, recode: Recode) -> dict[Role, Tensor]:
         if member not in self._encoded:
-            held = canonical(piece, self._weights)
-            made = _sketched(piece, held, recode) if isinstance(self._weights, _Shapes) else None
+            held = canonical(piece, self.weights)
+            made = _sketched(piece, held, recode) if isinstance(self.weights, _Shapes) else None
             self._encoded = {member: made or self._encoder.parts(piece, held)}
         return self._encoded[member]
 
     def _require_rows(self, member: Member, alone: Piece) -> None:
         """Blocks of rows cannot be cut between their rows."""
-        whole = canonical(replace(alone, take=()), self._weights)[Role.BLOCK_SCALE]
+        whole = canonical(replace(alone, take=()), self.weights)[Role.BLOCK_SCALE]
         if whole.shape[0] != alone.stored_NK[0]:
             raise FormatError(
                 f"{member[0]!r} is cut from a weight in blocks of "
@@ -233,53 +247,45 @@ def _sketched(piece: Piece, held: dict[Role, Tensor], recode: Recode) -> dict[Ro
 
 
 @dataclass(frozen=True, slots=True)
-class _Tensor:
-    """A tensor of the file to be, without data."""
+class _Sketch:
+    """A tensor of the file to be, without data; `dtype` where the writer names one."""
 
     name: str
-    sketch: Tensor
+    value: Tensor
+    dtype: str | None = None
 
-    def header(self, dtype: str | None, start: int) -> headers.Tensor:
-        spelled = dtype or SPELLED[self.sketch.dtype]
-        size = self.sketch.numel() * self.sketch.element_size()
-        return headers.Tensor(self.name, spelled, tuple(self.sketch.shape), 0, start, start + size)
+    @property
+    def header(self) -> headers.Tensor:
+        spelled = self.dtype or SPELLED[self.value.dtype]
+        return headers.Tensor(self.name, spelled, tuple(self.value.shape), 0, 0, self.value.nbytes)
 
 
-def _drawn(plan: Plan, export: Export, parts: _Parts) -> Iterator[tuple[str, Tensor]]:
+def _sketches(plan: Plan, export: Export, parts: _Parts) -> Iterator[_Sketch]:
     """Every tensor of the file, rows in the order of the members."""
     for layer in export.layers:
         for part in _present(layer, parts):
-            yield part.tensor, _stored(layer, part, parts, None)
+            yield _Sketch(part.tensor, _stored(layer, part, parts, None), part.dtype)
     for name, rows in export.plain.items():
-        yield name, _plain(plan, rows, parts, None)
+        yield _Sketch(name, _plain(plan, rows, parts, None))
 
 
 def _declared(
-    plan: Plan, export: Export, parts: _Parts, read: Plan, sketch: Sequence[_Tensor]
+    plan: Plan, export: Export, parts: _Parts, read: Plan, sketches: Sequence[_Sketch]
 ) -> Iterator[Declared]:
     """The same tensors, to be made when their turn comes, rows in the order the reader wants."""
-    placed = {
-        (layer.path, index): piece.take
-        for layer in read.layers
-        for index, piece in enumerate(layer.pieces)
-    }
+    placed = _pieces(read)
     plain = {item.name: item.sources[0].take for item in read.plain}
-    dtypes = _dtypes(export)
     makers: dict[str, Any] = {
-        part.tensor: partial(_stored, layer, part, parts, placed, read)
+        part.tensor: partial(_stored, layer, part, parts, placed)
         for layer in export.layers
         for part in layer.parts
     }
     makers |= {
         name: partial(_plain, plan, rows, parts, plain) for name, rows in export.plain.items()
     }
-    for tensor in sketch:
-        header = tensor.header(dtypes.get(tensor.name), 0)
-        yield Declared(tensor.name, header.dtype, header.shape, makers[tensor.name])
-
-
-def _dtypes(export: Export) -> dict[str, str | None]:
-    return {part.tensor: part.dtype for layer in export.layers for part in layer.parts}
+    for sketch in sketches:
+        header = sketch.header
+        yield Declared(header.name, header.dtype, header.shape, makers[header.name])
 
 
 def _present(layer: OutgoingLayer, parts: _Parts) -> Iterator[Outgoing]:
@@ -292,22 +298,24 @@ def _stored(
     layer: OutgoingLayer,
     part: Outgoing,
     parts: _Parts,
-    placed: Mapping[Member, Take] | None,
-    read: Plan | None = None,
+    placed: Mapping[Member, Piece] | None,
 ) -> Tensor:
-    """One tensor as the file holds it. `placed` tells where each member's rows go."""
+    """One tensor as the file holds it. `placed` tells how each member will be read."""
     held = [_held(member, part, parts) for member in layer.members]
-    if read is not None and part.role is Role.BIAS:
+    if placed is not None and part.role is Role.BIAS:
         held = [
-            _offset(parts.piece(member), _piece(read, member), bias)
+            _offset(parts.piece(member), placed[member], bias)
             for member, bias in zip(layer.members, held, strict=True)
         ]
-    if part.role in ROW_ROLES and held[0].dim():
-        takes = [() if placed is None else placed[member] for member in layer.members]
-        whole = _scattered(held, takes, layer)
-    else:
+    counts = [len(parts.piece(member).out) for member in layer.members]
+    takes = [() if placed is None else placed[member].take for member in layer.members]
+    if part.role not in ROW_ROLES or not held[0].dim():
         whole = held[0]
-    n = sum(len(parts.piece(member).out) for member in layer.members)
+    elif len(held[0]) == counts[0]:
+        whole = _scattered(held, takes, layer.name)
+    else:
+        whole = _blocks(held, counts, takes, layer.name)
+    n = sum(counts)
     first = parts.piece(layer.members[0])
     whole = _padded(whole, part.role, (n, len(first.cols)), layer.pad, first)
     return _ordered(whole, part, (n, len(first.cols)), layer)
@@ -325,18 +333,35 @@ def _held(member: Member, part: Outgoing, parts: _Parts) -> Tensor:
     return torch.full((length,), part.filled or 0.0, dtype=dtype, device=codes.device)
 
 
-def _scattered(held: Sequence[Tensor], takes: Sequence[Take], layer: OutgoingLayer) -> Tensor:
+def _scattered(held: Sequence[Tensor], takes: Sequence[Take], name: str) -> Tensor:
     """Rows of all members under each other, each where the reader will take it from."""
     if len(held) == 1 and not takes[0]:
         return held[0]
     if len({part.dtype for part in held}) > 1:
-        raise FormatError(f"{layer.name!r} would join tensors of different dtypes")
+        raise FormatError(f"{name!r} would join tensors of different dtypes")
     whole = torch.cat([_bytes(part) for part in held])
     if any(takes):
-        numbers = torch.arange(len(whole))
-        rows = torch.cat([numbers[span.as_slice()] for take in takes for span in take])
-        whole = torch.empty_like(whole).index_copy_(0, rows, whole)
+        whole = torch.empty_like(whole).index_copy_(0, _rows(takes, len(whole)), whole)
     return whole.view(held[0].dtype)
+
+
+def _rows(takes: Sequence[Take], count: int) -> Tensor:
+    numbers = torch.arange(count)
+    return torch.cat([numbers[span.as_slice()] for take in takes for span in take])
+
+
+def _blocks(
+    held: Sequence[Tensor], counts: Sequence[int], takes: Sequence[Take], name: str
+) -> Tensor:
+    """Scales of blocks of rows. Members may share a weight only where blocks end with them."""
+    if len(held) == 1 and not takes[0]:
+        return held[0]
+    sizes = {count / len(part) for count, part in zip(counts, held, strict=True)}
+    total = sum(counts)
+    moved = any(takes) and not torch.equal(_rows(takes, total), torch.arange(total))
+    if len(sizes) > 1 or not sizes.pop().is_integer() or moved:
+        raise FormatError(f"{name!r} would join weights across their blocks of rows")
+    return torch.cat(list(held))
 
 
 def _bytes(part: Tensor) -> Tensor:
@@ -409,11 +434,11 @@ def _plain(
 ) -> Tensor:
     """A tensor that is no layer: its parameters under each other."""
     known = {item.name: item for item in plan.plain}
-    held = [_parameter(known[name], parts._weights) for name in rows]
+    held = [_parameter(known[name], parts.weights) for name in rows]
     takes = [() if placed is None else placed[name] for name in rows]
     if len(held) == 1 and not any(takes):
         return held[0]
-    return _scattered(held, takes, OutgoingLayer(name=rows[0], members=(), parts=()))
+    return _scattered(held, takes, rows[0])
 
 
 def _parameter(plain: Plain, weights: Weights) -> Tensor:
@@ -450,12 +475,11 @@ def _decoded(source: PlainSource, weights: Weights) -> Tensor:
 # proof -----------------------------------------------------------------------------------------------
 
 
-def _read_back(plan: Plan, format_name: str, export: Export, tensors: Sequence[_Tensor]) -> Plan:
+def _read_back(plan: Plan, format_name: str, export: Export, sketches: Sequence[_Sketch]) -> Plan:
     """What the dialect's reader makes of the header. Raises FormatError when it is no whole model."""
-    dtypes = _dtypes(export)
     header = headers.Header(
         files=(),
-        tensors={each.name: each.header(dtypes.get(each.name), 0) for each in tensors},
+        tensors={sketch.name: sketch.header for sketch in sketches},
         metadata=export.metadata,
     )
     checkpoint = Checkpoint(
@@ -469,7 +493,7 @@ def _read_back(plan: Plan, format_name: str, export: Export, tensors: Sequence[_
         header,
         config=plan.config,
         format_name=found,
-        inventory=_inventory(plan),
+        inventory=inventory(plan),
     )
     if drawn.problems:
         first = drawn.problems[0]
@@ -477,7 +501,7 @@ def _read_back(plan: Plan, format_name: str, export: Export, tensors: Sequence[_
     return drawn.plan
 
 
-def _inventory(plan: Plan) -> Inventory:
+def inventory(plan: Plan) -> Inventory:
     """The module's parameters as the plan fills them."""
     shapes: dict[str, tuple[int, ...]] = {item.name: item.shape for item in plan.plain}
     for layer in plan.layers:
@@ -493,41 +517,35 @@ def _losses(plan: Plan, export: Export, read: Plan) -> Iterator[str]:
         raise FormatError(f"the file could not tell its own {read.open[0].topic}")
     if export.lossless is not None:
         yield export.lossless
-    back = {layer.path: layer for layer in read.layers}
-    changed = [
-        (layer.path, one, other)
-        for layer in plan.layers
-        for one, other in _pairs(layer, back[layer.path], export)
-    ]
-    inputs = [(path, one, other) for path, one, other in changed if _inputs(one) != _inputs(other)]
+    pairs = list(_pairs(plan, export, read))
+    inputs = [(path, one, other) for path, one, other in pairs if _inputs(one) != _inputs(other)]
     if inputs:
         path, one, other = inputs[0]
         yield (
-            f"{len(inputs)} weights change what their inputs become, first {path!r}: "
+            f"what inputs become changes in {len(inputs)} of {len(pairs)} weights, first {path!r}: "
             f"{_inputs(one)} before, {_inputs(other)} after"
         )
-    moved = [path for path, one, other in changed if one.bias_offsets != other.bias_offsets]
+    moved = [path for path, one, other in pairs if one.bias_offsets != other.bias_offsets]
     if moved:
-        yield f"{len(moved)} biases are rounded once more, first {moved[0]!r}"
+        yield f"the biases of {len(moved)} weights are rounded once more, first {moved[0]!r}"
 
 
-def _pairs(one: LayerPlan, other: LayerPlan, export: Export) -> Iterator[tuple[Piece, Piece]]:
-    if len(one.pieces) != len(other.pieces):
-        raise FormatError(f"{one.path!r} has {len(one.pieces)} pieces, {len(other.pieces)} after")
-    filled = {
-        member: {part.role for part in layer.parts if part.filled is not None}
-        for layer in export.layers
-        for member in layer.members
-    }
-    for index, pair in enumerate(zip(one.pieces, other.pieces, strict=True)):
-        before, after = (_meaning(piece) for piece in pair)
-        ignored = filled[one.path, index] - pair[0].roles
-        for name in before:
-            if before[name] != after[name] and not (name == "smooth" and Role.SMOOTH in ignored):
-                raise FormatError(
-                    f"{one.path!r} has {name} {before[name]}, it would be read as {after[name]}"
-                )
-        yield pair
+def _pairs(plan: Plan, export: Export, read: Plan) -> Iterator[tuple[str, Piece, Piece]]:
+    """Every piece before and after, which mean the same but for their inputs."""
+    before, after = _pieces(plan), _pieces(read)
+    for layer in export.layers:
+        filled = {part.role for part in layer.parts if part.filled is not None}
+        for member in layer.members:
+            one, other = before[member], after[member]
+            wanted, found = _meaning(one), _meaning(other)
+            if Role.SMOOTH in filled - one.roles:
+                wanted["smooth"] = found["smooth"]
+            for name in wanted:
+                if wanted[name] != found[name]:
+                    raise FormatError(
+                        f"{member[0]!r} has {name} {wanted[name]}, it would be read as {found[name]}"
+                    )
+            yield member[0], one, other
 
 
 def _meaning(piece: Piece) -> dict[str, str]:
@@ -548,25 +566,16 @@ def _inputs(piece: Piece) -> str:
     return "plain" if activation is None else str(activation)
 
 
-def _piece(plan: Plan, member: Member) -> Piece:
-    return plan.layer(member[0]).pieces[member[1]]
-
-
 def _require_one(layer: OutgoingLayer, parts: _Parts) -> None:
-    """Members of one stored weight share every part that has no rows, unless it is yet to be made."""
-    pieces = [parts.piece(member) for member in layer.members]
-    if len(pieces) == 1 or any(piece.recode is not None for piece in pieces):
-        return
+    """Members of one stored weight share every part that has no rows."""
     for part in layer.parts:
-        refs = {piece.part(part.role) for piece in pieces}
-        if part.role in ROW_ROLES or len(refs) == 1:
+        if part.role in ROW_ROLES or len(layer.members) == 1:
             continue
-        first, *others = (parts.get(member, part.role) for member in layer.members)
-        for (path, _), other in zip(layer.members[1:], others, strict=True):
-            same = first is not None and other is not None and torch.equal(first, other)
-            if not same:
+        first, *others = layer.members
+        for other in others:
+            if not parts.share(first, other, part.role):
                 raise FormatError(
-                    f"{layer.members[0][0]!r} and {path!r} are one weight {layer.name!r} in this "
-                    f"dialect, and each has a {part.role} of its own",
-                    hint="another --to, which stores them apart",
+                    f"{first[0]!r} and {other[0]!r} are one weight {layer.name!r} in this dialect, "
+                    f"and each has a {part.role} of its own",
+                    hint="a dialect that stores them apart, such as --to modelopt",
                 )

@@ -237,12 +237,17 @@ def _halved(found: Tensor, truth: Tensor, limit: float) -> str | None:
 
 def _rescaled(found: Tensor, truth: Tensor, limit: float) -> str | None:
     """Whether one factor per row or per column explains the error."""
-    for axis, name in ((1, "rows"), (0, "columns")):
-        fitted = (found * truth).sum(axis, keepdim=True)
-        fitted = fitted / truth.square().sum(axis, keepdim=True).clamp(min=1e-30)
-        if layer_fidelity(truth * fitted, found).relative_error < limit:
-            return f"{name} are scaled: a scale dropped, divided, or smoothing left in it?"
-    return None
+    rests = {name: _unscaled(found, truth, axis) for axis, name in ((1, "rows"), (0, "columns"))}
+    name = min(rests, key=rests.__getitem__)
+    told = f"{name} are scaled: a scale dropped, divided, or smoothing left in it?"
+    return told if rests[name] < limit else None
+
+
+def _unscaled(found: Tensor, truth: Tensor, axis: int) -> float:
+    """The error that the best factor for every line along an axis leaves."""
+    factors = (found * truth).sum(axis, keepdim=True)
+    factors = factors / truth.square().sum(axis, keepdim=True).clamp(min=1e-30)
+    return layer_fidelity(truth * factors, found).relative_error
 
 
 def _different(each: LayerFidelity) -> str | None:

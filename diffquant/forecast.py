@@ -16,8 +16,9 @@ from diffquant.plan import Part, Piece, Plan, Recode, Role
 from diffquant.sources import PipelineFolder
 
 COMPUTE_BYTES = 2  # of one decoded weight: bfloat16
-#: What encoding holds beside the result: the layer as it was, and as much again to work on.
-LAYERS_AT_ONCE = 2
+#: What encoding holds beside the result, in layers as stored: the layer and as much again to work on;
+#: with a low-rank branch three copies in float32.
+LAYERS_AT_ONCE, LAYERS_BESIDE_A_BRANCH = 2, 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def forecast(plans: Mapping[str, Plan], pipeline: PipelineFolder, device: Device
     others = _others(pipeline, plans)
     scratch = max((_largest_decoded(plan) for plan in plans.values()), default=0)
     layer = max((_largest_stored(plan) for plan in plans.values()), default=0)
-    working = LAYERS_AT_ONCE * layer if made else 0
+    working = max((_layers_at_once(plan) for plan in plans.values()), default=0) * layer
     if device.kind == "cpu":
         held = stored + made + others
         return Forecast(
@@ -76,6 +77,12 @@ def stored_bytes(plan: Plan) -> int:
     sizes = _sizes(plan)
     parts = {part.ref for part in _parts(plan)}
     return sum(sizes[ref.file, ref.name] for ref in parts)
+
+
+def _layers_at_once(plan: Plan) -> int:
+    recodes = [piece.recode for layer in plan.layers for piece in layer.pieces if piece.recode]
+    beside = LAYERS_BESIDE_A_BRANCH if any(each.rank for each in recodes) else LAYERS_AT_ONCE
+    return beside if recodes else 0
 
 
 def recoded_bytes(plan: Plan) -> int:

@@ -7,11 +7,11 @@ public API all come through here.
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffquant import adapters, audit, device, headers, online, planner, resolve, sources
+from diffquant import adapters, audit, device, experts, headers, online, planner, resolve, sources
 from diffquant.device import Device
 from diffquant.errors import UsageError
 from diffquant.formats import NO_HINTS, Hints
@@ -163,6 +163,8 @@ def dry_run(model: ModelFlags, run: RunFlags | None = None) -> DryRun:
         online.require_saveable(wishes, Path(run.save_quantized))
     place = device.probe() if run.device is None else device.parse(run.device)
     plans = {name: component_plan(source) for name, source in resolution.components.items()}
+    held = experts.check(resolution.components, plans)
+    resolution = replace(resolution, fired=(*resolution.fired, *held))
     choices = {name: choose_all(plan, place, run, name) for name, plan in plans.items()}
     return DryRun(resolution=resolution, plans=plans, choices=choices, device=place, run=run)
 
@@ -318,7 +320,22 @@ def inspect_lora(lora: str, source: str, **where: Any) -> adapters.Reach:
     """What the LoRA at `lora` would reach in the model at `source`, from the headers of both."""
     checkpoint = sources.checkpoint(source, **where)
     plan = planner.plan(checkpoint, headers.read(checkpoint.files), config=checkpoint.config)
-    files = sources.checkpoint(lora, local_files_only=bool(where.get("local_files_only"))).files
+    return _reach(lora, plan, local_files_only=bool(where.get("local_files_only")))
+
+
+def reaches(dry: DryRun, *, local_files_only: bool = False) -> dict[str, adapters.Reach]:
+    """What each typed LoRA would reach in its transformer, from headers. Only a forecast: loading
+    goes through diffusers' converters, which may know spellings that this does not."""
+    asked = {text: adapters.parsed(text) for text in dry.run.lora}
+    return {
+        text: _reach(each.source, dry.plans[each.component], local_files_only=local_files_only)
+        for text, each in asked.items()
+        if each.component in dry.plans
+    }
+
+
+def _reach(lora: str, plan: Plan, *, local_files_only: bool) -> adapters.Reach:
+    files = sources.checkpoint(lora, local_files_only=local_files_only).files
     return adapters.reach(headers.read(files), plan)
 
 

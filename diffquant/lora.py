@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from diffquant import sources
+from diffquant.adapters import parsed
 from diffquant.errors import UsageError
 from diffquant.linear import QuantLinear
 
@@ -113,28 +114,6 @@ def adapters(pipeline: Any) -> tuple[Adapter, ...]:
     """Every adapter that was loaded into the pipeline and not unloaded since."""
     present = {name for names in pipeline.get_list_adapters().values() for name in names}
     return tuple(item for name, item in _ADAPTERS.get(pipeline, {}).items() if name in present)
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """One typed LoRA. The component is the one of two transformers it is for."""
-
-    source: str
-    scale: float = 1.0
-    component: str = "transformer"
-
-
-def parsed(text: str) -> Asked:
-    """`[COMPONENT=]SOURCE[:scale]`. A colon that no number follows belongs to the source."""
-    component, equals, rest = text.partition("=")
-    if not (equals and component in ("transformer", "transformer_2")):
-        component, rest = "transformer", text
-    source, colon, number = rest.rpartition(":")
-    try:
-        scale = float(number) if colon and source else None
-    except ValueError:
-        scale = None
-    return Asked(rest, component=component) if scale is None else Asked(source, scale, component)
 
 
 class _Loader:
@@ -340,7 +319,9 @@ def _norms(layer: Any, adapter: str) -> tuple[float, float]:
     noise = torch.randn(
         PROBES, base.in_features, generator=torch.Generator().manual_seed(PROBE_SEED)
     )
-    x_MK = noise.to(base.weight.device, base.weight.dtype)
+    # Offloaded to nowhere: accelerate's hooks bring the weights, and the noise to them.
+    device = "cpu" if base.weight.is_meta else base.weight.device
+    x_MK = noise.to(device, base.weight.dtype)
     whole = base(x_MK).float() - base(torch.zeros_like(x_MK[:1])).float()
     change = layer.scaling[adapter] * up(down(x_MK.to(down.weight.dtype))).float()
     return float(change.square().sum()), float(whole.square().sum())

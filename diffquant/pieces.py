@@ -26,6 +26,7 @@ SCALARS = frozenset({Role.TENSOR_SCALE, Role.INPUT_SCALE, Role.INPUT_ZERO_POINT}
 def canonical(piece: Piece, weights: Weights) -> dict[Role, Tensor]:
     """The piece's parts after layout, rows and columns; axes as in `plan.Role`."""
     parts = {part.role: _undone(part, piece, weights) for part in piece.parts}
+    _clear_hollow_codes(parts)
     if piece.take:
         _expand_block_rows(parts, piece.stored_NK[0])
         parts = {role: _taken(role, part, piece.take) for role, part in parts.items()}
@@ -153,6 +154,20 @@ def _scale_shape(stored: Tensor, encoding: Encoding, stored_NK: tuple[int, int])
         return (stored.shape[0], stored.shape[2])
     squeezed = tuple(size for size in stored.shape if size != 1)
     return squeezed if len(squeezed) == 2 else tuple(stored.shape)
+
+
+def _clear_hollow_codes(parts: dict[Role, Tensor]) -> None:
+    """ModelOpt writes NaN codes beside the zero scale of a weight, or row, that is all zero; a product
+    of the two would be NaN. Only such rows are touched, and the file's own bytes never."""
+    codes = parts.get(Role.CODES)
+    if codes is None or codes.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+        return
+    for role in (Role.TENSOR_SCALE, Role.CHANNEL_SCALE):
+        scale = parts.get(role)
+        if scale is not None and not bool(scale.all()):
+            hollow = (scale == 0).reshape(-1, 1).expand(codes.shape[0], 1)
+            bare = codes.view(torch.uint8).masked_fill(hollow, 0)
+            parts[Role.CODES] = codes = bare.view(codes.dtype)
 
 
 def _expand_block_rows(parts: dict[Role, Tensor], n: int) -> None:

@@ -70,9 +70,7 @@ class Draft:
     problems: tuple[Problem, ...]
 
 
-def identify(
-    checkpoint: Checkpoint, header: Header, hints: Hints = NO_HINTS
-) -> tuple[str, str]:
+def identify(checkpoint: Checkpoint, header: Header, hints: Hints = NO_HINTS) -> tuple[str, str]:
     """The format's name and the sentence that proves it. Raw float8 is a person's word, and counts
     only where no format claims the file.
 
@@ -89,7 +87,9 @@ def identify(
         return standing[0], proofs[standing[0]]
     if standing:
         listed = "; ".join(f"{name}: {proofs[name]}" for name in standing)
-        raise FormatError(f"{checkpoint.origin!r} claims to be of {len(standing)} formats: {listed}")
+        raise FormatError(
+            f"{checkpoint.origin!r} claims to be of {len(standing)} formats: {listed}"
+        )
     if hints.raw_fp8:
         return "raw_fp8", "--raw-fp8 was typed and no format claims the file"
     found = trace(header)
@@ -277,7 +277,9 @@ class _Sheet:
         )
         stripped = [name.removeprefix(prefix) for name in names]
         if inventory is None:
-            scores = [sum(_renamed(naming, name) for name in stripped) for naming in namings.values()]
+            scores = [
+                sum(_renamed(naming, name) for name in stripped) for naming in namings.values()
+            ]
         else:
             scores = [_owned(naming, stripped, inventory) for naming in namings.values()]
         return prefix, list(namings.values())[scores.index(max(scores))]
@@ -289,7 +291,13 @@ class _Sheet:
         """A config from the stored shapes, for a file that comes without one."""
         if self.family.config_from is None:
             return {}
-        config = self.family.config_from(dict(self._diffusers_shapes()))
+        try:
+            config = self.family.config_from(dict(self._diffusers_shapes()))
+        except (LookupError, ValueError, ArithmeticError) as error:
+            raise PlanError(
+                f"the stored shapes fit no {self.family.class_names[0]}: {error}",
+                hint="is the file whole? a config.json beside it, or its base, would describe it",
+            ) from error
         return dict(config) if config else {}
 
     def _diffusers_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -341,7 +349,7 @@ class _Sheet:
             yield self._dense(name)
 
     def _is_linear(self, name: str) -> bool:
-        if not name.endswith(".weight"):
+        if not name.endswith(".weight") or len(self.header.tensors[name].shape) < 2:
             return False
         rows = self._rows(name.removesuffix(".weight"))
         return bool(rows) and all(row in self.inventory.linears for row in rows)
@@ -501,9 +509,7 @@ class _Sheet:
         return Plain(
             name=parameter,
             shape=shape,
-            sources=(
-                PlainSource(parts=(Part(Role.CODES, _ref(self.header, tensor)),), take=take),
-            ),
+            sources=(PlainSource(parts=(Part(Role.CODES, _ref(self.header, tensor)),), take=take),),
             dtype=TORCH_NAMES.get(stored.dtype, stored.dtype),
             why="plain",
         )
@@ -523,9 +529,7 @@ class _Sheet:
             name=parameter,
             shape=shape,
             sources=(
-                PlainSource(
-                    parts=tuple(parts), encoding=layer.encoding, stored_NK=layer.stored_NK
-                ),
+                PlainSource(parts=tuple(parts), encoding=layer.encoding, stored_NK=layer.stored_NK),
             ),
             dtype="bfloat16",
             why=f"{layer.encoding}, decoded while loading: no linear ({layer.why})",
@@ -533,7 +537,10 @@ class _Sheet:
 
     def _plain_take(self, parameter: str, rule: Rule) -> tuple[Span, ...]:
         leaf = "." + parameter.rsplit(".", 1)[-1]
-        counts = [self.inventory.shapes.get(row + leaf, self.inventory.shapes.get(row)) for row in rule.rows]
+        counts = [
+            self.inventory.shapes.get(row + leaf, self.inventory.shapes.get(row))
+            for row in rule.rows
+        ]
         sizes = [count[0] if count else 0 for count in counts]
         if rule.chunks is not None:
             return _permuted(sizes[0], rule.chunks)
@@ -558,7 +565,9 @@ class _Sheet:
         stored = layer.stored_NK[0 if axis == "N" else 1]
         modules = ", ".join(repr(row) for row in rule.rows)
         self.problems.append(
-            Problem(layer.name, f"stores {axis} {stored}, {modules} of {self._class()} need {wanted}")
+            Problem(
+                layer.name, f"stores {axis} {stored}, {modules} of {self._class()} need {wanted}"
+            )
         )
 
     def _check_parameters(self, layers: Iterable[LayerPlan], plain: Iterable[Plain]) -> None:
@@ -574,7 +583,11 @@ class _Sheet:
                 self.problems.append(Problem(name, f"of {self._class()} has no stored tensor"))
         for layer in layers:
             bias = f"{layer.path}.bias"
-            if bias in given and bias not in self.inventory.shapes and not self._zero_allowed(layer):
+            if (
+                bias in given
+                and bias not in self.inventory.shapes
+                and not self._zero_allowed(layer)
+            ):
                 self.problems.append(Problem(bias, f"is stored, {self._class()} has no such bias"))
 
     def _zero_allowed(self, layer: LayerPlan) -> bool:
@@ -668,7 +681,9 @@ def _told(checkpoint: Checkpoint, drawn: Draft) -> str:
 
 def _hinted(drawn: Draft) -> str:
     sizes = {Path(file.path).name: file.size for file in drawn.plan.files}
-    return f"diffquant inspect {next(iter(sizes), 'SOURCE')} lists all {len(drawn.problems)} problems"
+    return (
+        f"diffquant inspect {next(iter(sizes), 'SOURCE')} lists all {len(drawn.problems)} problems"
+    )
 
 
 def stored_bytes(plan: Plan, header: Header) -> int:

@@ -4,7 +4,10 @@ Nothing here knows an encoding by name. A weight is N x K; a low-rank branch U [
 what quantizing loses, W = U D + decode(encode(W - U D)), and no activations are looked at.
 """
 
-from collections.abc import Mapping
+import ctypes
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -44,6 +47,7 @@ class Encoder:
         made = encoded(weight_NK, piece.recode, amax=self._shared_amax(piece.recode))
         if Role.BIAS in held:
             made[Role.BIAS] = held[Role.BIAS]
+        _give_back()
         return made
 
     def _shared_amax(self, recode: Recode) -> Tensor | None:
@@ -64,7 +68,7 @@ def encoded(weight_NK: Tensor, recode: Recode, *, amax: Tensor | None = None) ->
     Raises PlanError when the encoding cannot be written.
     """
     if recode.rank is not None:
-        return _beside_lowrank(weight_NK.float(), recode)
+        return _beside_lowrank(weight_NK, recode)
     return _codes(
         weight_NK, recode, None if amax is None else _scale_for(amax.to(weight_NK.device), recode)
     )
@@ -93,20 +97,25 @@ def lowrank(weight_NK: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _beside_lowrank(weight_NK: Tensor, recode: Recode) -> dict[Role, Tensor]:
-    """Branch and codes, each taken from what the other leaves; the round that loses least."""
+    """Branch and codes, each taken from what the other leaves; the round that loses least.
+
+    Beside the weight, which stays as it is, there are up to three float32 copies of it.
+    """
     assert recode.rank is not None
     codec = ENCODINGS.load(recode.encoding.name)
     shape_NK = (weight_NK.shape[0], weight_NK.shape[1])
-    rest, least = weight_NK, float("inf")
+    rest, least = weight_NK.to(torch.float32, copy=True), float("inf")
     best: dict[Role, Tensor] = {}
     for _ in range(ROUNDS):
         up, down = lowrank(rest, recode.rank)
-        branch = up.float() @ down.float()
-        parts = _codes(weight_NK - branch, recode, None)
-        rest = weight_NK - codec.decode(parts, recode.encoding, shape_NK)
-        lost = float((rest - branch).norm())
+        # What the branch leaves, W - U D, in the place of what the last round left.
+        target = rest.copy_(weight_NK).addmm_(up.float(), down.float(), alpha=-1)
+        parts = _codes(target, recode, None)
+        held = codec.decode(parts, recode.encoding, shape_NK)
+        lost = float(target.sub_(held).norm())
         if lost < least:
             least, best = lost, {**parts, Role.LOWRANK_UP: up, Role.LOWRANK_DOWN: down}
+        rest.copy_(weight_NK).sub_(held)
     return best
 
 
@@ -123,6 +132,20 @@ def _scale_for(amax: Tensor, recode: Recode) -> Tensor:
     witness = amax.new_zeros(1, recode.group or 16)
     witness[0, 0] = amax
     return _codes(witness, recode, None)[Role.TENSOR_SCALE]
+
+
+def _give_back() -> None:
+    """Let the system have what was freed: glibc keeps blocks below 32 MB between those that live on,
+    and a model of such layers would come to hold three times what it needs."""
+    if (trim := _trimmer()) is not None:
+        trim(0)
+
+
+@cache
+def _trimmer() -> Callable[[int], int] | None:
+    """glibc's malloc_trim, where there is one."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return getattr(library, "malloc_trim", None)
 
 
 def _weight(piece: Piece, held: Mapping[Role, Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ from diffquant.errors import (
 )
 from diffquant.families import FAMILIES
 from diffquant.formats import FORMATS, Hints
+from diffquant.formats.modelslim import expert_folders
 from diffquant.online import Online
 from diffquant.schemes import SCHEMES
 from diffquant.sources import Checkpoint, PipelineFolder
@@ -45,7 +46,10 @@ RULES: Mapping[str, str] = {
     "3b": "{flag} names a weights file, so the config of {component} stays the base's",
     "3c": "{flag} gives {component} its weights: {origin!r}; its config comes from {config!r}",
     "4": "only {component} is overridden; {other} stays the base's (to replace it: {flag})",
+    "4c": "{component} was held against the base and is that expert, not {other}",
+    "4d": "whether {component} and {other} are in their places is unknown: the base's weights are not here",
     "4b": "{origin!r} holds {component} too, and its config agrees with the base",
+    "4e": "{origin!r} keeps {component} in {folder!r}; its config stays the base's",
     "5": "{origin!r} is weights of the family {family}; its base pipeline is {base!r}",
     "6": "of several weight files in {origin!r} {name!r} is taken",
     "7": "the name {name!r} promises SVDQuant {precision} of rank {rank}; the tensors must agree",
@@ -205,6 +209,7 @@ def resolve(flags: ModelFlags) -> Resolution:
     log = _Log()
     hub = _Hub(local_files_only=flags.local_files_only)
     overrides = _rule_3_weights(_rule_2_components(flags), log)
+    overrides = _rule_4e_expert_folders(overrides, log)
     pipeline, overrides = _rule_1_base(flags, overrides, hub, log)
     if pipeline.is_weights_only:
         pipeline, overrides = _rule_5_weights_alone(pipeline, overrides, hub, log)
@@ -217,6 +222,7 @@ def resolve(flags: ModelFlags) -> Resolution:
         for name in classes
         if name in overrides or _is_transformer(name, classes)
     }
+    _require_quantizable(flags, components, classes)
     return Resolution(
         pipeline=pipeline,
         components=components,
@@ -293,6 +299,25 @@ def _rule_4_one_of_two(
             kind = "weights-path" if overrides[overridden[0]].weights else "path"
             flag = _flag_for(other, kind)
             log.fire("4", loud=True, component=", ".join(overridden), other=other, flag=flag)
+
+
+def _rule_4e_expert_folders(overrides: dict[str, _Override], log: _Log) -> dict[str, _Override]:
+    """A folder of msModelSlim's with both experts serves each that has no flag of its own.
+
+    Configs beside the weights are the original repository's, which describe no diffusers class.
+    """
+    spread = dict(overrides)
+    for override in overrides.values():
+        source = Path(override.weights or override.path or "").expanduser()
+        inside = (path.name for path in source.iterdir()) if source.is_dir() else ()
+        for component, folder in expert_folders(inside).items():
+            if component != override.component and component in overrides:
+                continue
+            log.fire("4e", origin=str(source), component=component, folder=folder)
+            spread[component] = _Override(
+                component=component, weights=str(source / folder), weights_flag=override.flag
+            )
+    return spread
 
 
 def _rule_4b_both_experts(
@@ -597,6 +622,20 @@ def _online(scheme: str | None, ignored: tuple[str, ...], flags: ModelFlags) -> 
         quantize_all=flags.quantize_all,
         requantize=flags.requantize,
     )
+
+
+def _require_quantizable(
+    flags: ModelFlags, components: Mapping[str, ComponentSource], classes: Mapping[str, str]
+) -> None:
+    """Words about one component are about a transformer that this run loads itself."""
+    named = {**flags.component_quantizations, **flags.component_quantization_ignored_layers}
+    for name in named:
+        if name not in components:
+            raise UsageError(
+                f"{name!r} ({classes.get(name, 'no component')}) is not quantized while loading: "
+                "transformers are",
+                hint=f"one of: {', '.join(components)}",
+            )
 
 
 def _require_something_to_quantize(flags: ModelFlags) -> None:

@@ -19,13 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor, nn
 
+from diffquant import video
 from diffquant.errors import NonFiniteError, RunError, UsageError
 
 METADATA_KEY = "diffquant"
 DEFAULT_SEED = 42
+DEFAULT_FPS = 16
+VIDEO_AXES = 5  # videos are [B, F, 3, H, W], pictures [B, 3, H, W]
 LONGEST_STEM = 60  # characters of the prompt in a file name
 
 OnStep = Callable[[int, int], None]
@@ -37,6 +40,8 @@ class Request:
 
     width, height  pixels
     seed           of the first image; image i of the request uses seed + i
+    image          paths of the pictures to edit or to start from
+    mask_image     path of a picture that is white where `image` is to be painted over
     """
 
     prompt: str | None = None
@@ -51,6 +56,9 @@ class Request:
     max_sequence_length: int | None = None
     num_frames: int | None = None
     fps: int | None = None
+    guidance_scale_2: float | None = None
+    image: tuple[str, ...] | None = None
+    mask_image: str | None = None
 
     @property
     def typed(self) -> dict[str, Any]:
@@ -66,6 +74,8 @@ class Request:
 
 #: Fields that are not arguments of a pipeline's call under their own name.
 _OURS = frozenset({"seed", "fps"})
+#: What video pipelines call a field.
+_CALLED = {"num_images_per_prompt": "num_videos_per_prompt"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +85,7 @@ class Result:
     request       as it ran, every value known
     seconds       from the call to the last pixel
     step_seconds  of each denoising step
+    videos        the frames of each video, where the pipeline makes videos; there are no images then
     """
 
     request: Request
@@ -82,6 +93,7 @@ class Result:
     seconds: float
     step_seconds: tuple[float, ...]
     record: Mapping[str, Any] = field(default_factory=dict)
+    videos: tuple[tuple[Image.Image, ...], ...] = ()
 
 
 def fill(request: Request, pipeline: Any, defaults: Mapping[str, Any]) -> Request:
@@ -96,6 +108,7 @@ def fill(request: Request, pipeline: Any, defaults: Mapping[str, Any]) -> Reques
                 f"{_flag(name)} means nothing to a {type(pipeline).__name__}",
                 hint=f"it takes {', '.join(_flag(known) for known in sorted(accepted))}",
             )
+    _require_images(request, pipeline)
     values = {
         item.name: _first(
             getattr(request, item.name), defaults.get(item.name), accepted.get(item.name)
@@ -118,7 +131,7 @@ def generate(pipeline: Any, request: Request, on_step: OnStep | None = None) -> 
     watch = _Watch(steps, on_step)
     started = time.perf_counter()
     try:
-        pixels = _draw(pipeline, request, watch)
+        pixels = draw(pipeline, request, watch)
     except _LatentsWentBad as bad:
         raise NonFiniteError(
             f"latents are not finite after step {bad.step + 1} of {steps}; "
@@ -130,9 +143,12 @@ def generate(pipeline: Any, request: Request, on_step: OnStep | None = None) -> 
     for index, picture in enumerate(pixels):
         _require_picture(picture, index)
     height, width = pixels.shape[-2:]
+    is_video = pixels.dim() == VIDEO_AXES
+    frames = pixels.shape[1] if is_video else request.num_frames
     return Result(
-        request=replace(request, height=height, width=width),
-        images=tuple(_image(picture) for picture in pixels),
+        request=replace(request, height=height, width=width, num_frames=frames),
+        images=() if is_video else tuple(map(_image, pixels)),
+        videos=tuple(tuple(map(_image, clip)) for clip in pixels) if is_video else (),
         seconds=seconds,
         step_seconds=tuple(watch.seconds),
     )
@@ -156,24 +172,28 @@ def recorded(result: Result, *, flags: Mapping[str, Any], report: Mapping[str, A
 
 
 def save(result: Result, output_path: Path, output_file_name: str | None = None) -> list[Path]:
-    """Write each picture as PNG with the result's record inside; nothing is ever overwritten.
+    """Write each picture as PNG, each video as its name's ending says, the record inside; nothing is
+    ever overwritten.
 
     The name is made of prompt and seed unless given; a taken one becomes name-2.png, name-3.png …
     """
     output_path.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for index, (image, seed) in enumerate(zip(result.images, result.request.seeds, strict=True)):
-        name = output_file_name or f"{_slug(result.request.prompt or '')}-{seed}.png"
+    paths: list[Path] = []
+    for index, seed in enumerate(result.request.seeds):
+        name = output_file_name or f"{_slug(result.request.prompt or '')}-{seed}"
         record = {**result.record, "image": index, "image_seed": seed}
-        paths.append(_write_png(image, record, output_path / _as_png(name)))
+        if result.videos:
+            clip, fps = result.videos[index], result.request.fps
+            paths += _write_video(clip, record, output_path / name, fps)
+        else:
+            paths.append(_write_png(result.images[index], record, output_path / _as_png(name)))
     return paths
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What `save` wrote into a picture. Raises UsageError for a file that holds no such record."""
+    """What `save` wrote into a file. Raises UsageError for one that holds no such record."""
     try:
-        with Image.open(path) as image:
-            text = getattr(image, "text", {}).get(METADATA_KEY)
+        text = _record_text(path)
     except FileNotFoundError as error:
         raise UsageError(f"there is no file {str(path)!r}") from error
     except OSError as error:
@@ -185,6 +205,16 @@ def read_metadata(path: Path) -> dict[str, Any]:
         )
     record: dict[str, Any] = json.loads(text)
     return record
+
+
+def _record_text(path: Path) -> str | None:
+    if path.suffix.lower() in video.WRITERS:
+        if not path.exists():
+            raise FileNotFoundError(path)
+        return video.read_record(path)
+    with Image.open(path) as image:
+        text: str | None = getattr(image, "text", {}).get(METADATA_KEY)
+    return text
 
 
 def versions() -> dict[str, str]:
@@ -213,8 +243,23 @@ def _accepted(pipeline: Any) -> dict[str, Any]:
         for name, parameter in parameters.items()
         if name in known
     }
-    ours = {"seed": DEFAULT_SEED, **({"fps": None} if "num_frames" in accepted else {})}
-    return {**accepted, **ours}
+    ours = {"seed": DEFAULT_SEED, **({"fps": DEFAULT_FPS} if "num_frames" in accepted else {})}
+    called = {
+        name: parameters[theirs].default for name, theirs in _CALLED.items() if theirs in parameters
+    }
+    return {**accepted, **called, **ours}
+
+
+def _require_images(request: Request, pipeline: Any) -> None:
+    """A pipeline that cannot start without a picture gets one."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    for name in ("image", "mask_image"):
+        needed = name in parameters and parameters[name].default is inspect.Parameter.empty
+        if needed and not getattr(request, name):
+            raise UsageError(
+                f"a {type(pipeline).__name__} starts from a picture, and there is none",
+                hint=f"{_flag(name)} picture.png",
+            )
 
 
 def _first(*values: Any) -> Any:
@@ -279,8 +324,11 @@ class _Watch:
         return values
 
 
-def _draw(pipeline: Any, request: Request, watch: _Watch) -> Tensor:
-    """Pixels [B, 3, H, W] between 0 and 1."""
+def draw(pipeline: Any, request: Request, watch: Callable[..., dict[str, Any]]) -> Tensor:
+    """Pixels [B, 3, H, W], or [B, F, 3, H, W] of videos, between 0 and 1, as they come: unchecked.
+
+    watch  diffusers' `callback_on_step_end`: called with pipeline, step, timestep and the latents
+    """
     accepted = inspect.signature(type(pipeline).__call__).parameters
     arguments = {
         **{name: value for name, value in request.typed.items() if name not in _OURS},
@@ -288,7 +336,14 @@ def _draw(pipeline: Any, request: Request, watch: _Watch) -> Tensor:
         "generator": [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds],
         "callback_on_step_end": watch,
         "output_type": "pt",
+        **_opened(request),
     }
+    if request.width and request.height:
+        # Kontext scales what was asked for to this area, a megapixel unless told otherwise.
+        arguments["max_area"] = request.width * request.height
+    for name, theirs in _CALLED.items():
+        if name in arguments and name not in accepted:
+            arguments[theirs] = arguments.pop(name)
     try:
         with torch.inference_mode():
             drawn = pipeline(**{name: arguments[name] for name in arguments if name in accepted})
@@ -296,12 +351,34 @@ def _draw(pipeline: Any, request: Request, watch: _Watch) -> Tensor:
         if not _from_input_check(error):
             raise
         raise UsageError(f"{type(pipeline).__name__} refuses: {error}") from error
-    if not hasattr(drawn, "images"):
+    made: Tensor | None = getattr(drawn, "images", getattr(drawn, "frames", None))
+    if made is None:
         raise RunError(
-            f"{type(pipeline).__name__} does not draw pictures, and only those are saved"
+            f"{type(pipeline).__name__} makes neither pictures nor videos, and only those are saved"
         )
-    pixels: Tensor = drawn.images
-    return pixels
+    return made
+
+
+def _opened(request: Request) -> dict[str, Any]:
+    """The pictures of the request: one alone, several as a list."""
+    pictures = [_picture(path, "image") for path in request.image or ()]
+    opened: dict[str, Any] = {}
+    if pictures:
+        opened["image"] = pictures[0] if len(pictures) == 1 else pictures
+    if request.mask_image is not None:
+        opened["mask_image"] = _picture(request.mask_image, "mask_image")
+    return opened
+
+
+def _picture(path: str, name: str) -> Image.Image:
+    """As it is meant to be seen: turned as its EXIF says, without transparency."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise UsageError(f"{_flag(name)} {path!r}: there is no such file") from error
+    except OSError as error:
+        raise UsageError(f"{_flag(name)} {path!r} is not a picture") from error
 
 
 def _from_input_check(error: ValueError) -> bool:
@@ -314,7 +391,7 @@ def _blame(pipeline: Any, request: Request) -> str:
     """The first layer whose output is not finite though its inputs are, found by drawing again."""
     try:
         with _layers_watched(pipeline):
-            _draw(pipeline, request, _Watch(request.num_inference_steps or 0, None))
+            draw(pipeline, request, _Watch(request.num_inference_steps or 0, None))
     except _LayerWentBad as bad:
         return f"the first layer to give such values is {str(bad)!r}"
     except _LatentsWentBad:
@@ -389,9 +466,31 @@ def _write_png(image: Image.Image, record: Mapping[str, Any], wanted: Path) -> P
     """Atomic: the name is reserved first, and shows either nothing or the whole picture."""
     text = PngImagePlugin.PngInfo()
     text.add_itxt(METADATA_KEY, json.dumps(record, ensure_ascii=False))
+    return _placed(wanted, lambda stream: image.save(stream, "PNG", pnginfo=text))
+
+
+def _write_video(
+    frames: tuple[Image.Image, ...], record: Mapping[str, Any], wanted: Path, fps: int | None
+) -> list[Path]:
+    """One file, or for a name that ends in .png one picture per frame."""
+    kind = video.ending(wanted.name)
+    if kind == video.FRAMES:
+        return [
+            _write_png(
+                frame, {**record, "frame": index}, wanted.with_stem(f"{wanted.stem}-{index:04}")
+            )
+            for index, frame in enumerate(frames)
+        ]
+    text = json.dumps({METADATA_KEY: True, **record})
+    write, path = video.WRITERS[kind], wanted.with_name(f"{wanted.name.removesuffix(kind)}{kind}")
+    return [_placed(path, lambda stream: write(frames, fps or DEFAULT_FPS, text, stream))]
+
+
+def _placed(wanted: Path, write: Callable[[Any], None]) -> Path:
+    """Write to one side, then take the reserved name."""
     path = _reserve(wanted)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as stream:
-        image.save(stream, "PNG", pnginfo=text)
+        write(stream)
     os.chmod(stream.name, path.stat().st_mode)
     os.replace(stream.name, path)
     return path

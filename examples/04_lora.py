@@ -15,7 +15,7 @@ pipeline = diffquant.load()
 def draw(name: str) -> None:
     noise = torch.Generator().manual_seed(42)
     drawn = pipeline(
-        "red apple", height=64, width=64, num_inference_steps=8, max_sequence_length=16,
+        "red apple", height=64, width=64, num_inference_steps=4, max_sequence_length=16,
         generator=noise,
     )  # fmt: skip
     drawn.images[0].save(name)

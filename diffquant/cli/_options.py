@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -21,6 +22,14 @@ SOURCE = "DIR, ORG/REPO or ORG/REPO@REVISION"
 
 def _patterns(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
     return tuple(word.strip() for word in value.split(",") if word.strip()) if value else ()
+
+
+def _existing(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """Files that are there, before seconds are spent on loading; None where none was named."""
+    for path in (value,) if isinstance(value, str) else value or ():
+        if not Path(path).is_file():
+            raise UsageError(f"{param.opts[0]} {path!r}: there is no such file")
+    return value or None
 
 
 def _at_least_one(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
@@ -119,6 +128,21 @@ PICTURE = (
     ),
     click.option("--seed", type=int, metavar="SEED", help="Of the first picture. [42]"),
     _number("--num-images-per-prompt", "COUNT", "Image i is drawn with seed + i. [1]"),
+    click.option(
+        "--image",
+        multiple=True,
+        metavar="FILE",
+        callback=_existing,
+        help="To edit or to start from; repeatable.",
+    ),
+    click.option(
+        "--mask-image", metavar="FILE", callback=_existing, help="White where to paint over."
+    ),
+    _number("--num-frames", "FRAMES", "Of the video. [the model's own]"),
+    _number("--fps", "FRAMES", "Shown per second. [the model's own, or 16]"),
+    click.option(
+        "--guidance-scale-2", type=float, metavar="SCALE", help="Of the second of two experts."
+    ),
     _number("--max-sequence-length", "TOKENS", "Of the prompt. [the model's own]"),
 )
 SAVE = (

@@ -93,6 +93,7 @@ ANSWERS = (
     ),
     click.option("--report", metavar="FILE", help="A page of its own: pictures, plots, numbers."),
     click.option("--output-json", metavar="FILE", help="The same as --json, into a file."),
+    click.option("--profile", metavar="DIR", help="A trace and a table of layers of each side."),
     click.option("--markdown", is_flag=True, help="A table for a model card, on stdout."),
 )
 #: As in `generate`; only --prompt, the first, is repeatable here.
@@ -152,6 +153,7 @@ def _question(values: Mapping[str, Any], prepared: Prepared) -> "Question":
         thresholds=values["threshold"],
         saved=saved,
         save_reference=_path(values["save_reference"]),
+        profile=_path(values["profile"]),
         command=_command(prepared),
     )
 

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from diffquant import loading
+from diffquant import loading, video
 from diffquant.cli import _options, _talk
 from diffquant.cli._arguments import ModelCommand, Prepared
 from diffquant.errors import UsageError
@@ -27,6 +28,7 @@ NOT_AGAIN = frozenset({"pinned", "save_quantized"})
 @_options.options(_options.PICTURE)
 @click.option("--output-path", default=OUTPUTS, show_default=True, metavar="DIR")
 @click.option("--output-file-name", metavar="NAME", help="[made of prompt and seed]")
+@click.option("--profile", metavar="DIR", help="Write a trace of the run and a table of layers.")
 @_options.options(_options.MODEL, _options.SAVE, _options.RUN, _options.SETTINGS)
 @_options.JSON
 @click.pass_obj
@@ -61,7 +63,7 @@ def COMMAND(
             hint=f"diffquant plan --device {dry.device.name} says what would happen there",
         )
     _tell_notes(dry, prepared)
-    result = _drawn(dry, model, values)
+    result = _drawn(dry, model, values, output_file_name)
     paths = _saved(result, Path(output_path), output_file_name)
     _tell_size(values, result)
     _talk.say(f"drawn in {result.seconds:.1f} s, saved as")
@@ -82,7 +84,9 @@ def _tell_notes(dry: loading.DryRun, prepared: Prepared) -> None:
             _talk.note(f"{name} is not the one that drew the picture: its plan differs")
 
 
-def _drawn(dry: loading.DryRun, model: ModelFlags, values: Mapping[str, Any]) -> "Result":
+def _drawn(
+    dry: loading.DryRun, model: ModelFlags, values: Mapping[str, Any], name: str | None
+) -> "Result":
     _talk.quiet()
     with _talk.progress() as bars:
         task = bars.add_task("starting", total=None)
@@ -103,9 +107,23 @@ def _drawn(dry: loading.DryRun, model: ModelFlags, values: Mapping[str, Any]) ->
         preset = for_model(*dry.resolution.model_names)
         asked = running.Request(**_options.given(running.Request, values))
         request = running.fill(asked, pipeline, preset.defaults if preset else {})
+        if request.num_frames is not None:
+            video.ending(name)
         bars.reset(task, description="drawing", total=request.num_inference_steps)
-        result = running.generate(pipeline, request, on_step)
+        with _profiled(values["profile"], pipeline, report):
+            result = running.generate(pipeline, request, on_step)
     return running.recorded(result, flags=_flags(model, dry.run), report=report.to_json())
+
+
+def _profiled(
+    directory: str | None, pipeline: Any, report: loading.Report
+) -> AbstractContextManager[None]:
+    if directory is None:
+        return nullcontext()
+    from diffquant.profiling import profiled
+
+    modules = {name: getattr(pipeline, name) for name in report.plans}
+    return profiled(modules, Path(directory))
 
 
 def _tell_size(values: Mapping[str, Any], result: "Result") -> None:

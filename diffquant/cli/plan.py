@@ -34,11 +34,15 @@ def COMMAND(prepared: Prepared, /, as_json: bool, **values: Any) -> None:
         _talk.note(text)
     model = _options.model_flags(values, prepared)
     dry = loading.dry_run(model, _options.run_flags(values, prepared))
+    reaches = loading.reaches(dry, local_files_only=model.local_files_only)
     peaks = forecast.forecast(dry.plans, dry.resolution.pipeline, dry.device)
     command = _command(prepared, values)
     if as_json:
-        click.echo(json.dumps(_json(dry, peaks, command), indent=2))
+        found = {text: reach.to_json() for text, reach in reaches.items()}
+        click.echo(json.dumps({**_json(dry, peaks, command), "lora": found}, indent=2))
     else:
+        for text, reach in reaches.items():
+            _talk.say(f"lora {text}: {reach}")
         click.echo("\n\n".join(_told(dry, peaks, command)))
 
 

@@ -99,6 +99,8 @@ def _serve(model: ModelFlags, dry: loading.DryRun, values: Mapping[str, Any]) ->
     from diffquant.serve.engine import Engine
     from diffquant.serve.service import Service
 
+    if (values["ssl_keyfile"] is None) != (values["ssl_certfile"] is None):
+        raise UsageError("--ssl-keyfile and --ssl-certfile belong together")
     settings = _settings(values)
     settings.require_safe()
     _talk.quiet_bars()

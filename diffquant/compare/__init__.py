@@ -26,11 +26,12 @@ from diffquant.compare.layers import (
 )
 from diffquant.compare.metrics import likeness, per_step
 from diffquant.compare.sides import Loaded, Side, captured, loaded, same_request, unfair
-from diffquant.compare.trajectory import Capture, Progress, Trajectory, read, save
+from diffquant.compare.trajectory import Capture, Progress, Trajectory, follow, read, save
 from diffquant.compare.verdict import judge, limits
 from diffquant.errors import DiffquantError, RunError, UsageError
 from diffquant.fidelity import LayerFidelity
 from diffquant.loading import DryRun
+from diffquant.profiling import profiled
 from diffquant.run import Request
 
 __all__ = ["Candidate", "Comparison", "Layer", "Mean", "OneStep", "Pair", "Side", "compare"]
@@ -43,6 +44,7 @@ class Question:
     requests        one per prompt and seed; with a saved reference they may be empty
     saved           a reference captured before, used instead of drawing
     save_reference  where to keep the reference's capture
+    profile         where each side leaves a trace and a table of layers, from one more drawing
     """
 
     reference: Side
@@ -52,6 +54,7 @@ class Question:
     thresholds: Mapping[str, float] = field(default_factory=dict)
     saved: Path | None = None
     save_reference: Path | None = None
+    profile: Path | None = None
     command: str = ""
 
 
@@ -99,20 +102,23 @@ def _reference(question: Question, on_progress: Progress) -> Capture:
                 hint="leave --prompt and --seeds out: they are those of the saved reference",
             )
         return capture
-    with loaded(question.reference, on_progress) as here:
-        _require_dense(here.dry)
-        return captured(here, question.requests, on_progress)
+    _require_dense(loading.dry_run(question.reference.model, question.reference.run))
+    here = loaded(question.reference, on_progress)
+    capture = captured(here, question.requests, on_progress)
+    _profile(here, capture.requests[0], question.profile)
+    return capture
 
 
 def _candidate(
     side: Side, reference: Capture, question: Question, on_progress: Progress
 ) -> Candidate:
-    with loaded(side, on_progress) as here:
-        capture = captured(here, reference.requests, on_progress)
-        notes = list(unfair(reference.conditions, capture.conditions))
-        weights = _weights(here, question.reference, notes)
-        answers = one_step(here.modules, reference, on_progress)
-        judged = layers(here.dry, here.modules, reference, weights)
+    here = loaded(side, on_progress)
+    capture = captured(here, reference.requests, on_progress)
+    notes = list(unfair(reference.conditions, capture.conditions))
+    weights = _weights(here, question.reference, notes)
+    answers = one_step(here.modules, reference, on_progress)
+    judged = layers(here.dry, here.modules, reference, weights)
+    _profile(here, reference.requests[0], question.profile)
     pairs = tuple(map(_pair, reference.trajectories, capture.trajectories))
     figures = _figures(pairs, answers, judged)
     defects = [*_flaws(pairs), *defects_of(weights)]
@@ -138,6 +144,13 @@ def _weights(here: Loaded, reference: Side, notes: list[str]) -> dict[str, Layer
     except DiffquantError as error:
         notes.append(f"weights are not compared: {error.what}")
         return {}
+
+
+def _profile(here: Loaded, request: Request, directory: Path | None) -> None:
+    """Apart from what is measured: a profiler slows what it watches."""
+    if directory is not None:
+        with profiled(here.modules, directory / here.side.name):
+            follow(here.pipeline, request, lambda step: None)
 
 
 def _pair(reference: Trajectory, candidate: Trajectory) -> Pair:
@@ -203,5 +216,5 @@ def _require_dense(dry: DryRun) -> None:
         if plan.quantized and not named[component].override:
             raise RunError(
                 f"the reference's {component} is quantized itself ({plan.format})",
-                hint="--reference-transformer-path names the BF16 one",
+                hint="--reference-model-path, or --reference-transformer-path, names the BF16 one",
             )

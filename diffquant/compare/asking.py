@@ -16,7 +16,9 @@ from diffquant.run import Request
 #: Fields of ModelFlags that say where the base is; all others speak of what was done to it.
 OF_THE_BASE = ("model_path", "model_id", "revision", "local_files_only")
 #: Fields of RunFlags that both sides share.
-OF_BOTH = ("device", "dtype")
+OF_BOTH = ("device", "dtype", "lora")
+#: Options that are typed once for each value.
+REPEATED = frozenset({"lora"})
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -111,4 +113,6 @@ def _words(name: str, value: Any) -> list[str]:
         return [option]
     if isinstance(value, Mapping):
         return [word for key, item in value.items() for word in (f"{option}.{key}", str(item))]
+    if name in REPEATED:
+        return [word for item in value for word in (option, item)]
     return [option, ",".join(value) if isinstance(value, tuple) else str(value)]

@@ -191,8 +191,9 @@ def _online_weights(module: nn.Module, base: Plan) -> Iterator[LayerFidelity]:
     """Every layer that was quantized while loading, decoded, against the base's file."""
     weights = Weights([Path(file.path) for file in base.files])
     by_path = {layer.path: layer for layer in base.layers}
-    for path, linear in module.named_modules():
+    for name, linear in module.named_modules():
         if isinstance(linear, QuantLinear):
+            path = _own(name)
             truth_NK = dense(by_path[path], weights)[0]
             yield LayerFidelity(
                 path=path,
@@ -259,7 +260,7 @@ def _linears_watched(
         return after
 
     handles = [
-        module.register_forward_hook(hook(f"{component}.{path}"))
+        module.register_forward_hook(hook(f"{component}.{_own(path)}"))
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear)
     ]
@@ -268,6 +269,11 @@ def _linears_watched(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _own(path: str) -> str:
+    """PEFT puts a layer that carries a LoRA one name deeper."""
+    return path.removesuffix(".base_layer")
 
 
 def _device(module: nn.Module) -> torch.device:

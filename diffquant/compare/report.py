@@ -186,7 +186,7 @@ def _pair(pair: Pair, index: int, candidate: Candidate, comparison: Comparison) 
     gain = _gain(reference, ours)
     return (
         f'<article class="card pair{small}" style="--shape:{width}/{height}">'
-        f"<h3>{prompt}<span>seed {seed}</span></h3>"
+        f"<h3>{prompt}<span>seed {seed}{_which(pair.candidate_frames)}</span></h3>"
         '<div class="views"><div class="view slide">'
         f'<div style="background-image:var(--picture{index})"></div>'
         f'<div class="over-it" style="background-image:{_url(ours)}"></div>'
@@ -222,6 +222,12 @@ def _figures(pair: Pair) -> Iterator[str]:
 
 def _middle(frames: Tensor) -> Tensor:
     return frames[len(frames) // 2]
+
+
+def _which(frames: Tensor) -> str:
+    """The frame that is shown, where there are several."""
+    count = len(frames)
+    return f" · frame {count // 2 + 1} of {count}" if count > 1 else ""
 
 
 def _gain(reference: Tensor, ours: Tensor) -> int:

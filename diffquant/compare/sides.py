@@ -4,7 +4,6 @@ import gc
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib import import_module
@@ -17,7 +16,14 @@ from torch import nn
 from diffquant import loading
 from diffquant.compare.cost import Cost, Meter, weight_bytes
 from diffquant.compare.layers import outputs
-from diffquant.compare.trajectory import Capture, Progress, Trajectory, draw, fingerprint, recorded
+from diffquant.compare.trajectory import (
+    Capture,
+    Progress,
+    Trajectory,
+    fingerprint,
+    follow,
+    recorded,
+)
 from diffquant.errors import RunError, UsageError
 from diffquant.loading import DryRun, RunFlags
 from diffquant.preset import for_model
@@ -49,12 +55,11 @@ class Loaded:
     meter: Meter
 
 
-@contextmanager
-def loaded(side: Side, on_progress: Progress) -> Iterator[Loaded]:
-    """The side's pipeline; when the context ends nothing of it is left in memory."""
+def loaded(side: Side, on_progress: Progress) -> Loaded:
+    """The side's pipeline; whatever was in memory and is used no more is let go first."""
     dry = loading.dry_run(side.model, side.run)
     _import_classes(dry)
-    gc.collect()
+    _let_go()
     meter = Meter(dry.device.torch_name)
     started = time.perf_counter()
     pipeline = loading.load(
@@ -62,7 +67,7 @@ def loaded(side: Side, on_progress: Progress) -> Iterator[Loaded]:
         side.run,
         on_progress=lambda component, done, of: on_progress(f"loading {component}", done, of),
     )
-    yield Loaded(
+    return Loaded(
         side=side,
         dry=dry,
         pipeline=pipeline,
@@ -70,7 +75,10 @@ def loaded(side: Side, on_progress: Progress) -> Iterator[Loaded]:
         seconds=time.perf_counter() - started,
         meter=meter,
     )
-    del pipeline
+
+
+def _let_go() -> None:
+    """Pipelines refer to themselves in circles, so they wait for the collector."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -185,7 +193,7 @@ def _drawn(
         if also is not None:
             also(step)
 
-    return draw(here.pipeline, request, on_step)
+    return follow(here.pipeline, request, on_step)
 
 
 def _cost(here: Loaded, trajectories: Sequence[Trajectory]) -> Cost:
@@ -201,10 +209,16 @@ def _cost(here: Loaded, trajectories: Sequence[Trajectory]) -> Cost:
 
 def _attention(modules: Mapping[str, nn.Module]) -> set[str]:
     return {
-        type(processor).__name__
+        " ".join(filter(None, (type(processor).__name__, _backend(processor))))
         for module in modules.values()
         for processor in getattr(module, "attn_processors", {}).values()
     }
+
+
+def _backend(processor: Any) -> str | None:
+    """The attention backend diffusers was told to use; None for torch's own."""
+    chosen = getattr(processor, "_attention_backend", None)
+    return None if chosen is None else str(getattr(chosen, "value", chosen))
 
 
 def _caches(modules: Mapping[str, nn.Module]) -> set[str]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from diffquant.compare.cost import Cost
 from diffquant.compare.metrics import as_frames, flaw
 from diffquant.errors import RunError, UsageError
-from diffquant.run import Request
+from diffquant.run import Request, draw
 
 METADATA_KEY = "diffquant.capture"
 VERSION = "1"
@@ -97,17 +97,19 @@ class Capture:
         return tuple(calls[len(calls) // 2] for calls in by_component.values())
 
 
-def draw(pipeline: Any, request: Request, on_step: Callable[[int], None]) -> Trajectory:
+def follow(pipeline: Any, request: Request, on_step: Callable[[int], None]) -> Trajectory:
     """Run the pipeline for one seed and keep what it passed through.
 
     Raises UsageError for a pipeline that does not tell when a step ends.
     """
+    if STEP_ENDED not in inspect.signature(type(pipeline).__call__).parameters:
+        raise UsageError(
+            f"a {type(pipeline).__name__} does not tell when a step ends ({STEP_ENDED})"
+        )
     watch = _Watch(on_step)
     started = time.perf_counter()
-    with torch.inference_mode():
-        drawn = pipeline(**_arguments(pipeline, request, watch))
+    pixels = draw(pipeline, request, watch)
     seconds = time.perf_counter() - started
-    pixels = drawn.images if hasattr(drawn, "images") else drawn.frames
     frames = as_frames(pixels)
     return Trajectory(
         request=request,
@@ -177,7 +179,8 @@ class Recorder:
 
     def _kept(self, tensor: Tensor) -> str:
         """The name of the tensor's copy; equal tensors share one."""
-        copy = tensor.detach().to("cpu", copy=True).contiguous()
+        # `contiguous` leaves a stride of zero where it makes no difference, and bytes need one of one.
+        copy = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         key = (fingerprint(copy), copy.dtype, copy.shape)
         if key not in self._names:
             self._names[key] = f"blob{len(self._names)}"
@@ -235,23 +238,6 @@ class _Watch:
         self._last = now
         self.on_step(step)
         return values
-
-
-def _arguments(pipeline: Any, request: Request, watch: _Watch) -> dict[str, Any]:
-    accepted = inspect.signature(type(pipeline).__call__).parameters
-    if STEP_ENDED not in accepted:
-        raise UsageError(
-            f"a {type(pipeline).__name__} does not tell when a step ends ({STEP_ENDED})"
-        )
-    (seed,) = request.seeds
-    arguments = {
-        **request.typed,
-        # On the CPU, so that a seed means the same noise on every device.
-        "generator": torch.Generator("cpu").manual_seed(seed),
-        STEP_ENDED: watch,
-        "output_type": "pt",
-    }
-    return {name: value for name, value in arguments.items() if name in accepted}
 
 
 def _flaws(latents: Sequence[Tensor], pixels: Tensor, frames: Tensor) -> Iterator[str]:
@@ -351,7 +337,7 @@ def _told(trajectory: Trajectory) -> dict[str, Any]:
 
 def _trajectory(told: Mapping[str, Any], index: int, tensors: Mapping[str, Tensor]) -> Trajectory:
     return Trajectory(
-        request=Request(**told["request"]),
+        request=Request(**{name: _as_typed(item) for name, item in told["request"].items()}),
         timesteps=tuple(told["timesteps"]),
         latents=tensors[f"run{index}.latents"],
         frames=tensors[f"run{index}.frames"],
@@ -359,3 +345,8 @@ def _trajectory(told: Mapping[str, Any], index: int, tensors: Mapping[str, Tenso
         seconds=told["seconds"],
         step_seconds=tuple(told["step_seconds"]),
     )
+
+
+def _as_typed(value: Any) -> Any:
+    """JSON has no tuples."""
+    return tuple(value) if isinstance(value, list) else value

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffquant.families import Family, Inventory, Naming, Shape
+from diffquant.families._config import settings
 from diffquant.families._names import ADDED_QKV, FINAL_MODULATION, QKV, rules, slices
 from diffquant.families._shapes import (
     Table,
@@ -42,7 +43,7 @@ MLP_RATIO = 4
 
 def inventory(config: Mapping[str, Any]) -> Inventory:
     """Every parameter of FluxTransformer2DModel."""
-    given = {**DEFAULTS, **config}
+    given = settings(DEFAULTS, config)
     head = given["attention_head_dim"]
     width = given["num_attention_heads"] * head
     out = given["patch_size"] ** 2 * (given["out_channels"] or given["in_channels"])

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffquant.families import Family, Inventory, Naming, Shape
+from diffquant.families._config import settings
 from diffquant.families._names import ADDED_QKV, FINAL_MODULATION, QKV, rules
 from diffquant.families._shapes import (
     Table,
@@ -39,7 +40,7 @@ DEFAULTS: Mapping[str, Any] = {
 
 def inventory(config: Mapping[str, Any]) -> Inventory:
     """Every parameter of Flux2Transformer2DModel."""
-    given = {**DEFAULTS, **config}
+    given = settings(DEFAULTS, config)
     head = given["attention_head_dim"]
     width = given["num_attention_heads"] * head
     hidden = int(width * given["mlp_ratio"])

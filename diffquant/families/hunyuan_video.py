@@ -5,6 +5,7 @@ from math import prod
 from typing import Any
 
 from diffquant.families import Family, Inventory, Naming, Shape
+from diffquant.families._config import settings
 from diffquant.families._names import ADDED_QKV, FINAL_MODULATION, QKV, Names, rules
 from diffquant.families._shapes import (
     Table,
@@ -46,7 +47,7 @@ REFINER = "context_embedder.token_refiner.refiner_blocks"
 
 def inventory(config: Mapping[str, Any]) -> Inventory:
     """Every parameter of HunyuanVideoTransformer3DModel."""
-    given = {**DEFAULTS, **config}
+    given = settings(DEFAULTS, config)
     width = given["num_attention_heads"] * given["attention_head_dim"]
     hidden = int(width * given["mlp_ratio"])
     patch = (given["patch_size_t"], given["patch_size"], given["patch_size"])

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffquant.families import Family, Inventory, Naming, Shape
+from diffquant.families._config import settings
 from diffquant.families._names import ADDED_QKV, QKV, rules
 from diffquant.families._shapes import (
     Table,
@@ -37,7 +38,7 @@ MLP_RATIO = 4
 
 def inventory(config: Mapping[str, Any]) -> Inventory:
     """Every parameter of QwenImageTransformer2DModel."""
-    given = {**DEFAULTS, **config}
+    given = settings(DEFAULTS, config)
     head = given["attention_head_dim"]
     width = given["num_attention_heads"] * head
     out = given["patch_size"] ** 2 * (given["out_channels"] or given["in_channels"])

@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from diffquant.families import Family, Inventory, Naming, Shape
+from diffquant.families._config import settings
 from diffquant.families._names import rules
 from diffquant.families._shapes import (
     Table,
@@ -49,7 +50,7 @@ VACE = "WanVACETransformer3DModel"
 def inventory(config: Mapping[str, Any]) -> Inventory:
     """Every parameter of WanTransformer3DModel, or of WanVACETransformer3DModel if that is the
     config's `_class_name`."""
-    given = {**DEFAULTS, **config}
+    given = settings(DEFAULTS, config)
     width = given["num_attention_heads"] * given["attention_head_dim"]
     patch = given["patch_size"]
     out = (given["out_channels"] or given["in_channels"]) * prod(patch)

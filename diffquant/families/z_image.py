@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffquant.families import Family, Inventory, Naming, Shape
+from diffquant.families._config import settings
 from diffquant.families._names import rules
 from diffquant.families._shapes import (
     Table,
@@ -45,7 +46,7 @@ NORMS = ("attention_norm1", "ffn_norm1", "attention_norm2", "ffn_norm2")
 
 def inventory(config: Mapping[str, Any]) -> Inventory:
     """Every parameter of ZImageTransformer2DModel."""
-    given = {**DEFAULTS, **config}
+    given = settings(DEFAULTS, config)
     modulation = linear(_condition(given), 4 * given["dim"])
     modulated = {**_block(given), "adaLN_modulation.0": modulation}
     refiners = given["n_refiner_layers"]

@@ -55,12 +55,6 @@ class Joined:
     members: tuple[Member, ...]
     piece: Piece
 
-    @property
-    def is_plain(self) -> bool:
-        return self.piece.is_ordinary
-
-
-Spellings = Mapping[str, Spelling]
 
 DENSE_SPELLING = Spelling(parts=PLAIN_LINEAR)
 

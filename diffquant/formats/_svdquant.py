@@ -154,6 +154,11 @@ def awq_layer(name: str, header: Header, why: str, *, modulation: bool) -> Store
     Raises FormatError where shapes contradict each other.
     """
     codes = header.tensors[f"{name}.qweight"]
+    scales = header.tensors.get(f"{name}.wscales")
+    if scales is None:
+        raise FormatError(f"{codes.name!r} has zeros beside it and no wscales")
+    if len(codes.shape) != 2:
+        raise FormatError(f"{codes.name!r} has shape {list(codes.shape)}, not [N / 4, K / 2]")
     roles = {"qweight": Role.CODES, "wscales": Role.BLOCK_SCALE, "wzeros": Role.ZERO_POINT}
     parts = [StoredPart(role, f"{name}.{ending}", AWQ) for ending, role in roles.items()]
     if f"{name}.bias" in header.tensors:
@@ -162,7 +167,7 @@ def awq_layer(name: str, header: Header, why: str, *, modulation: bool) -> Store
     return StoredLayer(
         name=name,
         stored_NK=shape_NK,
-        encoding=awq_encoding(header.tensors[f"{name}.wscales"], shape_NK, AWQ_GROUP),
+        encoding=awq_encoding(scales, shape_NK, AWQ_GROUP),
         parts=tuple(parts),
         why=why,
         interleaved=modulation,
@@ -221,7 +226,7 @@ def json_object(text: str, where: str) -> Mapping[str, Any]:
     """The object in a metadata value. Raises FormatError when there is none."""
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(found, Mapping):
         raise FormatError(f"{where} holds no JSON object")

@@ -212,6 +212,13 @@ class Marker:
         nested = inner.get(key, default) if isinstance(inner, Mapping) else default
         return self.options.get(key, nested)
 
+    def number(self, key: str, default: int) -> int:
+        """An option that counts something. Raises FormatError for what is no positive number."""
+        found = self.option(key, default)
+        if type(found) is not int or found < 1:
+            raise FormatError(f"{self.where} says {key} is {found!r:.60}, a number was needed")
+        return found
+
     def contradicts(self, other: "Marker") -> bool:
         shared = self.options.keys() & other.options.keys()
         differ = any(self.options[key] != other.options[key] for key in shared)
@@ -225,7 +232,7 @@ def metadata_layers(header: Header) -> Mapping[str, Any]:
         return {}
     try:
         block = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"header metadata {METADATA} is not valid JSON: {error}") from None
     layers = block.get("layers") if isinstance(block, Mapping) else None
     return layers if isinstance(layers, Mapping) else {}
@@ -309,7 +316,7 @@ def _tensor_markers(header: Header) -> Iterator[tuple[str, Marker]]:
 def _tensor_marker(name: str, header: Header) -> Marker:
     try:
         said = json.loads(header.read_small(name).decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{name!r} holds no JSON: {error}") from None
     return _marker(_stated(said), name, name)
 
@@ -438,7 +445,7 @@ def _stored_NK(
     columns = width * kind.packed
     groups = header.tensors.get(f"{name}.weight_s_rel")
     if groups is not None and "weight_s_rel" in kind.parts:
-        told = groups.shape[-1] * int(marker.option("group_size", 16))
+        told = prod(groups.shape[-1:]) * marker.number("group_size", 16)
         if told != columns:
             raise FormatError(
                 f"{weight.name!r} has {width} bytes for {told} columns: codes of "
@@ -463,7 +470,7 @@ def _rotation(kind: Kind, marker: Marker) -> Rotation | None:
     )
     if not rotated:
         return None
-    return Rotation("regular_hadamard", int(marker.option("convrot_groupsize", 256)))
+    return Rotation("regular_hadamard", marker.number("convrot_groupsize", 256))
 
 
 def _unused(

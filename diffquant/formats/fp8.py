@@ -73,7 +73,7 @@ def _declared(checkpoint: Checkpoint, header: Header) -> tuple[str, Mapping[str,
 def _json(text: str | None) -> Any:
     try:
         return None if text is None else json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise FormatError(f"header metadata {KEY} is not valid JSON") from None
 
 
@@ -91,7 +91,7 @@ def _weights(header: Header) -> Iterator[Tensor]:
 def _layer(weight: Tensor, header: Header, block: Mapping[str, Any], where: str) -> StoredLayer:
     name = weight.name.removesuffix(".weight")
     rows, columns = weight.shape
-    cell = tuple(block.get("weight_block_size") or BLOCK)
+    cell = _cell(block, where)
     parts = [StoredPart(Role.CODES, weight.name)]
     for ending in SCALES:
         scale = header.tensors.get(f"{name}.{ending}")
@@ -109,6 +109,15 @@ def _layer(weight: Tensor, header: Header, block: Mapping[str, Any], where: str)
         activation=_activation(roles, cell),
         why=f"{where} says quant_method {METHOD}",
     )
+
+
+def _cell(block: Mapping[str, Any], where: str) -> tuple[int, int]:
+    """Rows and columns per block scale."""
+    found = block.get("weight_block_size") or BLOCK
+    is_pair = isinstance(found, list | tuple) and len(found) == 2
+    if not is_pair or not all(type(side) is int and side > 0 for side in found):
+        raise FormatError(f"{where} has {found!r:.60} as weight_block_size, [N, K] was needed")
+    return found[0], found[1]
 
 
 def _role(scale: Tensor, rows: int, columns: int, cell: tuple[int, ...]) -> Role:

@@ -12,7 +12,7 @@ mixes algorithms and `ignore` does not mean "plain" (a smoothed layer may be ign
     U8 [N, K/2]        F8_E4M3 [N, K/32]            nvfp4        fp8 (W4A8_NVFP4_FP8)
     U8 [N, K/2]        U8 [N, K/32]                 mxfp4        dynamic groups of 32
     U8 [N/2, K]        F32 [N, K/128]               int4 AWQ     none, or fp8 (W4A8)
-    I8 [N, K]          F32 [N]                      int8         static if X.input_scale, else none
+    I8 [N, K]          F32 [N]                      int8         static if X.input_scale; none for W8A16
 
 Beside any of them, dense weights included: X.pre_quant_scale [K] multiplies the input, and
 X.svdquant_lora_a [R, K], X.svdquant_lora_b [N, R] are a low-rank branch on the scaled input.
@@ -155,7 +155,7 @@ def _declarations(
 def _json(text: str, where: str) -> Mapping[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{where} is not readable JSON: {error}") from error
     if not isinstance(value, Mapping):
         raise FormatError(f"{where} holds a {type(value).__name__}, an object was needed")
@@ -177,19 +177,30 @@ def _nested(block: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _declaration(where: str, block: Mapping[str, Any]) -> Declaration:
     producer = block.get("producer") or {}
-    groups = list((block.get("config_groups") or {}).values())
+    groups = list(_objects(block, "config_groups", where).values())
     algorithm = block.get("quant_algo")
-    layers = block.get("quantized_layers") or {}
+    layers = _objects(block, "quantized_layers", where)
+    ignore = block.get("ignore") or ()
+    if not isinstance(ignore, list | tuple) or not all(isinstance(name, str) for name in ignore):
+        raise FormatError(f"{where} has {ignore!r:.60} as `ignore`, a list of names was needed")
     return Declaration(
         algorithm=str(algorithm).upper() if algorithm else None,
         where=where,
-        per_layer={name: str(layer["quant_algo"]).upper() for name, layer in layers.items()},
-        ignore=tuple(block.get("ignore") or ()),
+        per_layer={name: str(layer.get("quant_algo")).upper() for name, layer in layers.items()},
+        ignore=tuple(ignore),
         producer=producer.get("version") if isinstance(producer, Mapping) else None,
         kv_cache=bool(block.get("kv_cache_scheme")),
         swapped=bool(block.get("swap_weight_nibbles")),
         weight_only=bool(groups) and all("input_activations" not in group for group in groups),
     )
+
+
+def _objects(block: Mapping[str, Any], key: str, where: str) -> Mapping[str, Mapping[str, Any]]:
+    """An object of objects, {} where the key is absent."""
+    found = block.get(key) or {}
+    if not isinstance(found, Mapping) or not all(isinstance(v, Mapping) for v in found.values()):
+        raise FormatError(f"{where} has {found!r:.60} as `{key}`, an object of objects was needed")
+    return found
 
 
 def _layer_names(header: Header) -> Iterator[str]:
@@ -228,6 +239,8 @@ Numbers = tuple[Encoding, tuple[int, int], tuple[StoredPart, ...]]
 
 def _numbers(name: str, weight: Tensor, scale: Tensor | None, hints: Hints) -> Numbers:
     """Encoding, logical shape and weight-side parts of one layer, from dtypes and shapes."""
+    if len(weight.shape) < 2 or (weight.dtype == "U8" and len(weight.shape) > 2):
+        raise FormatError(f"{weight.name!r} is {weight.dtype} of {list(weight.shape)}, not [N, K]")
     # A convolution's weight is a matrix of N filters; the planner decodes it.
     rows, columns = weight.shape[0], prod(weight.shape[1:])
     codes = StoredPart(Role.CODES, weight.name, _codes_layout(hints))
@@ -265,7 +278,7 @@ def _packed(weight: Tensor, scale: Tensor, codes: StoredPart, hints: Hints) -> N
             (rows, columns),
             (codes, block_scale(scale, (rows, -(-columns // 32)), hints)),
         )
-    block = 32 if scale.shape[-1] * 32 == columns else 16
+    block = 32 if scale.shape[-1:] == (columns // 32,) and columns % 32 == 0 else 16
     encoding = Encoding("nvfp4", () if block == 16 else (("block", "32"),))
     return (
         encoding,
@@ -300,7 +313,7 @@ def _activation(
         return None
     if Role.CHANNEL_SCALE in roles and encoding.name == "fp8":
         return Activation(number="fp8", granularity="token", mode="dynamic")
-    if encoding.name == "int8" and mode == "dynamic":
+    if encoding.name == "int8" and mode == "dynamic" and not algorithm.startswith("W8A8"):
         return None
     return Activation(number=encoding.name, granularity="tensor", mode=mode)
 
@@ -318,7 +331,7 @@ def _notes(
         layer.name
         for layer in quantized
         if layer.activation is not None
-        and layer.activation.granularity == "tensor"
+        and (layer.activation.granularity == "tensor" or layer.activation.number == "nvfp4")
         and layer.activation.mode == "dynamic"
     ]
     if dynamic:
@@ -419,8 +432,7 @@ SPELLINGS: Mapping[str, Spelling] = {
 ALGORITHMS: tuple[tuple[str, str | None, Role | None, str], ...] = (
     ("fp8", "fp8", Role.CHANNEL_SCALE, "FP8_PER_CHANNEL_PER_TOKEN"),
     ("fp8", "fp8", None, "FP8"),
-    ("fp8", None, Role.BLOCK_SCALE, "FP8_PB_WO"),
-    ("fp8", None, None, "W8A16"),
+    ("fp8", None, None, "FP8_PB_WO"),
     ("nvfp4", "nvfp4", Role.LOWRANK_DOWN, "NVFP4_SVD"),
     ("nvfp4", "nvfp4", Role.SMOOTH, "NVFP4_AWQ"),
     ("nvfp4", "nvfp4", None, "NVFP4"),

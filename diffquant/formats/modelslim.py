@@ -176,10 +176,13 @@ def _described(checkpoint: Checkpoint) -> tuple[str, dict[str, str]] | None:
             continue
         try:
             block = json.loads(checkpoint.sidecars[side].read_text("utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FormatError(f"{side} is not valid JSON: {error}") from None
         pairs = block.items() if isinstance(block, Mapping) else ()
         types = {key: kind for key, kind in pairs if key.endswith(".weight")}
+        for key, kind in types.items():
+            if not isinstance(kind, str):
+                raise FormatError(f"{side} gives {key!r} the type {kind!r}, a name was needed")
         if types:
             return side, types
     return None

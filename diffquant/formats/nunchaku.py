@@ -196,8 +196,8 @@ def _notes(
 # the way out -------------------------------------------------------------------------------------
 
 WHO = "nunchaku"
-#: What the kernels want where the plan has no such part.
-FILLS = {Role.SMOOTH: 1.0, Role.BIAS: 0.0}
+#: What the kernels want where the plan has no such part. A module without bias stores none.
+FILLS = {Role.SMOOTH: 1.0}
 DTYPES = {Role.CODES: "I8"}
 AWQ_SPELLING = Spelling(
     parts=(

@@ -13,6 +13,8 @@ from diffquant.serve.settings import Limits
 
 #: Copies of the widest activation that are alive at once in an autoencoder: in, normalized, out.
 ALIVE = 3
+#: Bytes of one decoded pixel: three float32.
+PIXEL = 12
 
 
 def admitted(asked: Request, facts: Facts, limits: Limits) -> Request:
@@ -64,6 +66,7 @@ def _require_limits(filled: Request, limits: Limits) -> None:
         ("height", height, limits.side),
         ("size", width * height, limits.pixels),
         ("num_inference_steps", filled.num_inference_steps or 0, limits.steps),
+        ("num_frames", filled.num_frames or 1, limits.frames),
         ("n", filled.num_images_per_prompt or 1, limits.pictures),
         ("prompt", len(filled.prompt or ""), limits.prompt),
         ("negative_prompt", len(filled.negative_prompt or ""), limits.prompt),
@@ -97,7 +100,7 @@ def _require_memory(
 def decoding_bytes(filled: Request, facts: Facts) -> int:
     """A floor of the memory that the autoencoder takes for all pictures of the request."""
     pixels = math.prod((filled.width or 0, filled.height or 0, filled.num_images_per_prompt or 1))
-    return pixels * facts.decoded_bytes * ALIVE
+    return max(pixels * facts.decoded_bytes * ALIVE, pixels * (filled.num_frames or 1) * PIXEL)
 
 
 def available_bytes(device: str) -> int | None:

@@ -1,21 +1,20 @@
 """The routes put together, and the process around them."""
 
 import asyncio
-import logging
+import signal
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
 from fastapi import FastAPI
 
-from diffquant import __version__
-from diffquant.serve import about, health, images, page, refusals, watching
+from diffquant.run import versions
+from diffquant.serve import about, health, images, page, refusals, videos, watching
 from diffquant.serve.bodies import FIELDS
 from diffquant.serve.gate import Gate
 from diffquant.serve.service import Service
-
-LOG = logging.getLogger("diffquant.serve")
 
 
 def application(service: Service) -> FastAPI:
@@ -29,16 +28,37 @@ def application(service: Service) -> FastAPI:
 
     # The interactive documentation is left out: it loads scripts from elsewhere.
     app = FastAPI(
-        title="diffquant", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None
+        title="diffquant",
+        version=versions()["diffquant"],
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
     )
-    for room in (images, watching, about, health, page):
+    for room in (images, videos, watching, about, health, page):
         app.include_router(room.router(service))
     refusals.install(app, FIELDS)
     app.add_middleware(Gate, settings=service.settings, answered=service.metrics.answered)
     return app
 
 
-def server(service: Service, **ssl: str | None) -> uvicorn.Server:
+class Server(uvicorn.Server):
+    """Told to stop by a signal, it ends in order: the signal is not raised again afterwards."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        kept = {number: signal.signal(number, self.handle_exit) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in kept.items():
+                signal.signal(number, handler)
+
+
+def server(service: Service, **ssl: str | None) -> Server:
     """A server that, told to stop, takes nothing new and finishes what it has.
 
     ssl  ssl_keyfile, ssl_certfile: as uvicorn takes them
@@ -51,7 +71,7 @@ def server(service: Service, **ssl: str | None) -> uvicorn.Server:
         server_header=False,
         **ssl,  # type: ignore[arg-type]
     )
-    return uvicorn.Server(config)
+    return Server(config)
 
 
 def listen(host: str, port: int) -> socket.socket:

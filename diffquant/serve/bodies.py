@@ -5,7 +5,7 @@ puts them too. A field that could not do what it says is refused by name, never 
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -39,26 +39,14 @@ class Delivery:
     progress: bool
 
 
-class ImageBody(BaseModel):
-    """POST /v1/images/generations."""
+class Drawing(BaseModel):
+    """What pictures and videos are asked for with."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid")
 
     prompt: Annotated[str, Field(min_length=1)]
     model: str | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
     size: Annotated[str, Field(description="WIDTHxHEIGHT in pixels, or auto")] | None = None
-    response_format: Literal["b64_json", "url"] | None = None
-    output_format: Format | None = None
-    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
-    stream: bool | None = None
-    partial_images: Annotated[int, Field(ge=0, le=PREVIEWS)] | None = None
-    user: Annotated[str, Field(max_length=256, description="named in the log")] | None = None
-    quality: str | None = None
-    background: str | None = None
-    moderation: str | None = None
-    style: str | None = None
-    # Ours.
     width: Annotated[int, Field(ge=1)] | None = None
     height: Annotated[int, Field(ge=1)] | None = None
     num_inference_steps: Annotated[int, Field(ge=1)] | None = None
@@ -68,8 +56,8 @@ class ImageBody(BaseModel):
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None = None
     max_sequence_length: Annotated[int, Field(ge=1, le=4096)] | None = None
     num_frames: Annotated[int, Field(ge=1)] | None = None
-    fps: Annotated[int, Field(ge=1)] | None = None
-    progress: Annotated[bool, Field(description="events for every step too")] | None = None
+    fps: Annotated[int, Field(ge=1, le=120)] | None = None
+    user: Annotated[str, Field(max_length=256, description="named in the log")] | None = None
 
     @model_validator(mode="after")
     def _text_is_text(self) -> Self:
@@ -82,35 +70,10 @@ class ImageBody(BaseModel):
         return self
 
     def request(self) -> Request:
-        """What is to be drawn. Raises Refused for fields that contradict or would be ignored."""
-        for name, neutral in NEUTRAL.items():
-            value = getattr(self, name)
-            if value is not None and value not in neutral:
-                known = ", ".join(sorted(neutral)) or "leave it out"
-                raise _ignored(name, f"{name} {value!r} would be ignored; possible: {known}")
+        """What is to be drawn. Raises Refused for fields that contradict."""
         width, height = self._pixels()
         ours = {name: getattr(self, name) for name in _SAME_NAME}
-        return Request(**ours, width=width, height=height, num_images_per_prompt=self.n or 1)
-
-    def delivery(self) -> Delivery:
-        """How to bring it. Raises Refused for fields that contradict or would be ignored."""
-        kind = self.output_format or "png"
-        if self.output_compression is not None and kind == "png":
-            raise _ignored("output_compression", "output_compression means nothing to png")
-        for name in ("partial_images", "progress"):
-            if getattr(self, name) and not self.stream:
-                raise _ignored(name, f"{name} would be ignored without stream")
-        if self.stream and self.response_format == "url":
-            raise _ignored("response_format", "a stream brings pictures as b64_json, not as url")
-        compression = 90 if self.output_compression is None else self.output_compression
-        return Delivery(
-            format=kind,
-            quality=compression,
-            as_url=self.response_format == "url",
-            stream=bool(self.stream),
-            partial_images=self.partial_images or 0,
-            progress=bool(self.progress),
-        )
+        return Request(**ours, width=width, height=height)
 
     def _pixels(self) -> Size:
         if self.size in (None, "auto"):
@@ -136,6 +99,70 @@ class ImageBody(BaseModel):
         return width, height
 
 
+class ImageBody(Drawing):
+    """POST /v1/images/generations."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    n: Annotated[int, Field(ge=1)] | None = None
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: Format | None = None
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=PREVIEWS)] | None = None
+    progress: Annotated[bool, Field(description="events for every step too")] | None = None
+    quality: str | None = None
+    background: str | None = None
+    moderation: str | None = None
+    style: str | None = None
+
+    def request(self) -> Request:
+        """What is to be drawn. Raises Refused for fields that contradict or would be ignored."""
+        for name, neutral in NEUTRAL.items():
+            value = getattr(self, name)
+            if value is not None and value not in neutral:
+                known = ", ".join(sorted(neutral)) or "leave it out"
+                raise _ignored(name, f"{name} {value!r} would be ignored; possible: {known}")
+        return replace(Drawing.request(self), num_images_per_prompt=self.n or 1)
+
+    def delivery(self) -> Delivery:
+        """How to bring it. Raises Refused for fields that contradict or would be ignored."""
+        kind = self.output_format or "png"
+        if self.output_compression is not None and kind == "png":
+            raise _ignored("output_compression", "output_compression means nothing to png")
+        for name in ("partial_images", "progress"):
+            if getattr(self, name) and not self.stream:
+                raise _ignored(name, f"{name} would be ignored without stream")
+        if self.stream and self.response_format == "url":
+            raise _ignored("response_format", "a stream brings pictures as b64_json, not as url")
+        compression = 90 if self.output_compression is None else self.output_compression
+        return Delivery(
+            format=kind,
+            quality=compression,
+            as_url=self.response_format == "url",
+            stream=bool(self.stream),
+            partial_images=self.partial_images or 0,
+            progress=bool(self.progress),
+        )
+
+
+class VideoBody(Drawing):
+    """POST /v1/videos, as JSON or as a form, whose values are text."""
+
+    seconds: Annotated[int, Field(ge=1, le=60)] | None = None
+
+    def request_at(self, fps: int) -> Request:
+        """What is to be drawn at so many frames per second unless the body says otherwise."""
+        asked = replace(self.request(), fps=self.fps or fps)
+        if self.seconds is None:
+            return asked
+        if self.num_frames is not None:
+            raise _ignored(
+                "seconds", "seconds and num_frames both say how long it is; leave one out"
+            )
+        return replace(asked, num_frames=self.seconds * (self.fps or fps))
+
+
 #: Fields that a run.Request calls the same.
 _SAME_NAME = (
     "prompt",
@@ -149,6 +176,7 @@ _SAME_NAME = (
     "fps",
 )
 FIELDS = tuple(ImageBody.model_fields)
+VIDEO_FIELDS = tuple(VideoBody.model_fields)
 
 
 def body_name(field: str) -> str:

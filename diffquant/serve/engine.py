@@ -40,6 +40,15 @@ class Facts:
     checks: tuple[Check, ...]
 
     @property
+    def makes_videos(self) -> bool:
+        return "num_frames" in self.fields
+
+    @property
+    def fps(self) -> int:
+        """Frames per second where nothing else is said."""
+        return int(self.defaults.get("fps", run.DEFAULT_FPS))
+
+    @property
     def meaningful(self) -> frozenset[str]:
         """Fields that change the picture."""
         return self.fields - ({"guidance_scale"} if self.no_guidance else set())
@@ -150,6 +159,8 @@ def _fields(kind: type) -> frozenset[str]:
     """Those of a request that mean something to the class; seed and fps are ours."""
     taken = frozenset(inspect.signature(kind.__call__).parameters)
     known = {item.name for item in fields(run.Request)} & taken
+    if "num_videos_per_prompt" in taken:
+        known.add("num_images_per_prompt")
     return frozenset({"seed", *known, *(("fps",) if "num_frames" in known else ())})
 
 

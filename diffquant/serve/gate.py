@@ -1,7 +1,8 @@
 """The door: who may come in and how much may be carried in, before anything is parsed.
 
-A page of another site can make a browser knock on 127.0.0.1. So a loopback server answers only to
-loopback names (a rebound DNS name is another name), and nobody's page may post but our own.
+A page of another site can make a browser knock on 127.0.0.1. So a loopback server without a key
+answers only to loopback names (a rebound DNS name is another name), and no page but our own may
+post.
 """
 
 import hmac
@@ -60,8 +61,11 @@ class Gate:
             raise self._too_large(scope)
 
     def _check_host(self, headers: Headers) -> None:
-        host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
-        if self.settings.is_loopback and not is_loopback(host):
+        # With a key a rebound name gains nothing, and a proxy in front may pass its own name on.
+        if not self.settings.is_loopback or self.settings.api_key or self.settings.insecure:
+            return
+        host = _host(headers)
+        if not is_loopback(host):
             raise Refused(403, f"this server is reached as 127.0.0.1, not {host!r}")
 
     def _check_key(self, headers: Headers) -> None:
@@ -99,6 +103,13 @@ class Gate:
         return measured
 
 
+def _host(headers: Headers) -> str:
+    try:
+        return urlsplit(f"//{headers.get('host', '')}").hostname or ""
+    except ValueError:
+        return ""
+
+
 def _is_open(scope: Scope) -> bool:
     path, (start, end) = scope["path"], OPEN_PICTURES
     shown = path in OPEN or (path.startswith(start) and path.endswith(end))
@@ -107,7 +118,7 @@ def _is_open(scope: Scope) -> bool:
 
 def _check_origin(headers: Headers) -> None:
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+    if origin is not None and origin.partition("://")[2] != headers.get("host"):
         raise Refused(403, f"pages of {origin} may not ask this server")
 
 

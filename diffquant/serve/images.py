@@ -33,6 +33,8 @@ def router(service: Service) -> APIRouter:
         named(body.model, service.model)
         delivery = body.delivery()
         facts = service.facts
+        if facts.makes_videos:
+            raise Refused(400, f"a {facts.pipeline_class.__name__} makes videos: POST /v1/videos")
         if delivery.partial_images and not facts.previews:
             raise Refused(
                 400,
@@ -41,7 +43,7 @@ def router(service: Service) -> APIRouter:
                 code="ignored_parameter",
             )
         wanted = admission.admitted(body.request(), facts, service.settings.limits)
-        job = _job(service, wanted, delivery, request, body.user)
+        job = job_of(service, wanted, request, user=body.user, previews=delivery.partial_images)
         if delivery.stream:
             return _streamed(service, job, delivery)
         service.line.join(job)
@@ -50,6 +52,10 @@ def router(service: Service) -> APIRouter:
         return JSONResponse(
             _body(service, job, result, pictures, delivery, request), headers=_headers(job)
         )
+
+    @routes.post("/edits", summary="Not built: every request is refused")
+    async def edits() -> Response:
+        raise Refused(501, "editing pictures is not built: only a prompt is drawn", headers=FINAL)
 
     @routes.get("/{job}/content", summary="A picture whose address was asked for")
     async def content(job: str, variant: int = 0) -> Response:
@@ -63,9 +69,10 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def _job(
-    service: Service, wanted: run.Request, delivery: Delivery, request: Request, user: str | None
+def job_of(
+    service: Service, wanted: run.Request, request: Request, *, user: str | None, previews: int = 0
 ) -> Job:
+    """A job for what is wanted, called as its client calls it."""
     name = request.headers.get("x-request-id")
     if name is not None and NAME.fullmatch(name) is None:
         raise Refused(
@@ -79,7 +86,7 @@ def _job(
         deadline=time.monotonic() + service.settings.timeout,
         name=name,
         user=user,
-        previews=spread(delivery.partial_images, steps),
+        previews=spread(previews, steps),
     )
 
 
@@ -93,7 +100,7 @@ def spread(count: int, steps: int) -> frozenset[int]:
 
 async def finished(service: Service, job: Job, request: Request) -> run.Result:
     """The job's result; it is stopped when its client leaves or its time is over."""
-    done = asyncio.create_task(_done(job))
+    done = asyncio.create_task(ended(job))
     gone = asyncio.create_task(_gone(request))
     try:
         await asyncio.wait(
@@ -102,7 +109,7 @@ async def finished(service: Service, job: Job, request: Request) -> run.Result:
             return_when=asyncio.FIRST_COMPLETED,
         )
         if job.outcome.done():
-            return _result(job)
+            return result_of(job)
         why = "the client left" if gone.done() else "timed out"
         service.line.stop(job, why)
         raise _stopped(why)
@@ -113,7 +120,7 @@ async def finished(service: Service, job: Job, request: Request) -> run.Result:
             service.line.stop(job, "the client left")
 
 
-async def _done(job: Job) -> None:
+async def ended(job: Job) -> None:
     """Returns when the job has ended, however it did."""
     with contextlib.suppress(Exception):
         await asyncio.wrap_future(job.outcome)
@@ -125,7 +132,7 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _result(job: Job) -> run.Result:
+def result_of(job: Job) -> run.Result:
     """Raises Refused for a job that did not end with pictures."""
     error = job.outcome.exception()
     if isinstance(error, Stopped):
@@ -237,7 +244,7 @@ async def _ending(service: Service, job: Job, delivery: Delivery) -> AsyncIterat
     try:
         if not job.outcome.done():
             raise _stopped(job.why_stopped or "timed out")
-        result = _result(job)
+        result = result_of(job)
     except Refused as refused:
         yield _event("error", refused.body)
         return

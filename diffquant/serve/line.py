@@ -170,12 +170,13 @@ class Line:
 
     def _next(self) -> Job | None:
         """Wait for a job; let the model go when none comes for long. None: the line is closed."""
-        with self._changed:
-            while not self._waiting and not self._closing:
+        while True:
+            with self._changed:
                 patience = self.idle if self._is_open else None
-                if not self._changed.wait(timeout=patience) and not self._waiting:
-                    self._shut()
-            return self._waiting.popleft() if self._waiting else None
+                if self._changed.wait_for(lambda: self._waiting or self._closing, patience):
+                    return self._waiting.popleft() if self._waiting else None
+            # Outside the lock, which those who join hold on the event loop.
+            self._shut()
 
     def _shut(self) -> None:
         if self._is_open:

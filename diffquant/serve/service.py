@@ -84,10 +84,10 @@ class Service:
     def _ended(self, job: Job, waited: float, drew: float) -> None:
         self.metrics.ended(job, waited, drew)
         LOG.info(
-            "job=%s state=%s user=%s steps=%d waited=%.3f drew=%.3f",
+            "job=%s state=%s user=%r steps=%d waited=%.3f drew=%.3f",
             job.id,
             job.state,
-            job.user or "-",
+            job.user,
             job.step,
             waited,
             drew,

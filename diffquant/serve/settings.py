@@ -18,6 +18,7 @@ class Limits:
     side: int = 4096
     pixels: int = 2048 * 2048
     steps: int = 200
+    frames: int = 257
     pictures: int = 10
     prompt: int = 8000
     body: int = 256 * 1024

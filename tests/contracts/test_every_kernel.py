@@ -49,7 +49,9 @@ def weight(shape_NK: tuple[int, int], size: float, smaller: float) -> Tensor:
 def encoded(name: str, grain: Granularity, values: Tensor) -> dict[Role, Tensor] | None:
     """The values in that encoding, or None where it has no scales of that granularity."""
     codec, sizes = ENCODINGS.load(name), {"group": 32, "block": 128}
-    scale = {"tensor": Role.TENSOR_SCALE, "channel": Role.CHANNEL_SCALE}.get(grain, Role.BLOCK_SCALE)
+    scale = {"tensor": Role.TENSOR_SCALE, "channel": Role.CHANNEL_SCALE}.get(
+        grain, Role.BLOCK_SCALE
+    )
     if codec.encode is None or (codec.group is not None and grain != "group"):
         return None
     group = codec.group or sizes.get(grain)

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffquant import cli, loading
+from diffquant.adapters import Asked, parsed
 from diffquant.errors import SourceError
 
 BASE = "emoji_flux_modelopt_fp8"
@@ -42,6 +43,20 @@ def test_a_fused_projection_reaches_all_it_is_made_of(tmp_path: Path) -> None:
     reach = loading.inspect_lora(file, BASE)
     assert reach.layers == 3
     assert reach.ok
+
+
+def test_a_typed_lora_is_source_and_scale_and_maybe_a_component() -> None:
+    assert parsed("org/repo@main") == Asked("org/repo@main")
+    assert parsed("style.safetensors:0.5") == Asked("style.safetensors", 0.5)
+    assert parsed("transformer_2=a:b:-2") == Asked("a:b", -2.0, "transformer_2")
+
+
+def test_plan_forecasts_what_a_lora_would_reach(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tmp_path / "x.safetensors", STEMS["PEFT"])
+    assert cli.run(["plan", "--device", "cpu", "--lora", f"{file}:0.5"]) == 0
+    assert "1 modules matched, 1 layers touched (1 encoded)" in capsys.readouterr().err
 
 
 def test_another_shape_is_a_misfit(tmp_path: Path) -> None:

@@ -14,14 +14,14 @@ from diffquant.cli._discovered import SUBCOMMANDS
 FP8 = Path(__file__).parents[1] / "data" / "modelopt" / "flux" / "fp8"
 GENERATE_OPTIONS = """
 --prompt --negative-prompt --width --height --num-inference-steps --guidance-scale --true-cfg-scale
---seed --num-images-per-prompt --max-sequence-length
+--seed --num-images-per-prompt --image --mask-image --num-frames --fps --guidance-scale-2 --max-sequence-length
 --output-path --output-file-name
 --model-path --transformer-path --transformer-weights-path --model-id --revision --local-files-only
 --quantization --quantization-ignored-layers --quantization-scope --quantize-all --requantize
 --enable-svdquant --quantization-precision
 --quantization-rank --nvfp4-nibbles --scale-layout --raw-fp8
 --save-quantized
---device --dtype --numerics --kernel --strict
+--device --dtype --numerics --kernel --strict --lora
 --config --config-from-metadata
 --json
 """

@@ -62,9 +62,7 @@ def test_what_has_another_shape_is_not_compared() -> None:
 def test_psnr_is_that_of_8_bit_values() -> None:
     left, right = picture(), picture(shift=1)
     mse = float((left.float() - right.float()).square().mean())
-    assert isclose(
-        likeness(left, right).psnr_db, 20 * log10(255) - 10 * log10(mse), rel_tol=1e-5
-    )
+    assert isclose(likeness(left, right).psnr_db, 20 * log10(255) - 10 * log10(mse), rel_tol=1e-5)
 
 
 def test_identical_pictures_are_infinitely_alike_and_shifted_ones_are_not() -> None:

@@ -8,6 +8,7 @@ import pytest
 from diffquant import headers, planner, sources
 from diffquant.device import Device
 from diffquant.forecast import COMPUTE_BYTES, forecast, stored_bytes
+from diffquant.online import Online, requantized
 from diffquant.plan import Plan
 from diffquant.sources import PipelineFolder
 
@@ -54,3 +55,28 @@ def test_a_gpu_holds_the_weights_and_the_host_only_what_passes(
     peaks = forecast({"transformer": plan}, pipeline, GPU)
     assert peaks.device_peak_bytes == stored_bytes(plan) + 1000 + LARGEST * COMPUTE_BYTES
     assert 1000 <= peaks.host_peak_bytes < peaks.device_peak_bytes
+
+
+def test_quantizing_while_loading_holds_source_result_and_two_layers(
+    pipeline: PipelineFolder,
+) -> None:
+    dense = dense_plan()
+    plan = requantized(dense, Online(scheme="fp8", quantize_all=True))
+    made = sum(n * k + 4 * n for n, k in (layer.shape_NK for layer in plan.layers))
+    largest = max(n * k + n for n, k in (layer.shape_NK for layer in plan.layers)) * COMPUTE_BYTES
+    load, draw = forecast({"transformer": plan}, pipeline, CPU).stages
+    assert load.host == stored_bytes(dense) + made + 1000 + 2 * largest
+    assert draw.host < load.host
+
+
+def test_a_gpu_never_holds_what_it_was_made_from(pipeline: PipelineFolder) -> None:
+    dense = dense_plan()
+    plan = requantized(dense, Online(scheme="nvfp4", quantize_all=True))
+    before, after = (forecast({"transformer": it}, pipeline, GPU).stages[1] for it in (dense, plan))
+    assert after.device < 0.4 * before.device
+
+
+def dense_plan() -> Plan:
+    checkpoint = sources.checkpoint("emoji_flux/transformer")
+    header = headers.read(checkpoint.files)
+    return planner.plan(checkpoint, header, config=checkpoint.config)

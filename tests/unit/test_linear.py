@@ -175,7 +175,9 @@ def with_lora(transformer: nn.Module) -> nn.Module:
     """A LoRA on the attention of the first block, its up matrices not zero."""
     from peft import LoraConfig
 
-    adapter = LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    adapter = LoraConfig(
+        r=4, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False
+    )
     torch.manual_seed(3)
     transformer.add_adapter(adapter)  # type: ignore[operator]
     return transformer

@@ -1,5 +1,6 @@
 """LoRA beside encoded weights: the change it makes on dense ones, and refusals instead of NaN."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -210,8 +211,6 @@ def test_sources_have_scales_and_several_add_up(pipeline: Any, tmp_path: Path) -
     both = draw(pipeline)
     pipeline.unload_lora_weights()
     assert (both - draw(pipeline)).abs().mean() < 0.02
-    assert lora.parsed("org/repo@main") == lora.Asked("org/repo@main")
-    assert lora.parsed("transformer_2=a:b:2") == lora.Asked("a:b", 2.0, "transformer_2")
 
 
 def test_a_picture_tells_its_loras_and_is_drawn_again_with_them(
@@ -243,6 +242,26 @@ def test_a_lora_of_another_model_stops_the_command(
     assert cli.run([*words, f"{tmp_path}/wan.safetensors"]) == 2
     assert "matches a layer of the FluxPipeline" in capsys.readouterr().err
     assert cli.run([*words, f"{tmp_path}/missing.safetensors"]) == 1
+
+
+@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
+def test_offloaded_groups_and_adapters_go_together_bit_for_bit(pipeline: Any, level: str) -> None:
+    from diffusers.hooks import HookRegistry
+
+    tensors = pairs(linears(pipeline.transformer))
+    pipeline.load_lora_weights(tensors, adapter_name="style")
+    wanted = draw(pipeline)
+    pipeline.unload_lora_weights()
+    cpu = torch.device("cpu")
+    pipeline.transformer.enable_group_offload(
+        onload_device=cpu, offload_device=cpu, offload_type=level, num_blocks_per_group=1
+    )
+    pipeline.load_lora_weights(tensors, adapter_name="style")
+    assert torch.equal(draw(pipeline), wanted)
+    for module in pipeline.transformer.modules():
+        registry = HookRegistry.check_if_exists_or_initialize(module)
+        for name in list(registry.hooks):
+            registry.remove_hook(name, recurse=False)
 
 
 # pieced layers
@@ -281,3 +300,30 @@ def test_a_lora_on_a_pieced_layer_is_the_lora_on_its_dense_weight(nunchaku: Any,
 
 def _error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
+
+
+# two experts
+
+
+def test_each_of_two_experts_gets_its_own_adapter(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "tiny.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tiny = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiny)
+    base = tiny.tiny_wan_pipeline(tmp_path / "wan", experts=2)
+    for name in ("high", "low"):
+        query = {"transformer.blocks.0.attn1.to_q": nn.Linear(128, 128)}
+        save_file(pairs(query), tmp_path / f"{name}.safetensors")
+    asked = (f"{tmp_path}/high.safetensors", f"transformer_2={tmp_path}/low.safetensors:0.5")
+    online = {"quantization": "fp8", "quantize_all": True}
+    pipeline = diffquant.load(str(base), lora=asked, device="cpu", **online)
+    high, low = diffquant.report(pipeline).lora
+    assert high.matched == ("transformer.blocks.0.attn1.to_q",)
+    assert low.matched == ("transformer_2.blocks.0.attn1.to_q",)
+    assert pipeline.get_list_adapters() == {"transformer": ["high"], "transformer_2": ["low"]}
+    first, second = (
+        part.blocks[0].attn1.to_q for part in (pipeline.transformer, pipeline.transformer_2)
+    )
+    assert isinstance(first.base_layer, QuantLinear)
+    assert (first.scaling, second.scaling) == ({"high": 1.0}, {"low": 0.5})

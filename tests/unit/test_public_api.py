@@ -52,9 +52,7 @@ def test_a_plan_can_be_had_twice() -> None:
     ("flag", "nearest"), [("transformer_pth", "transformer_path"), ("numeric", "numerics")]
 )
 @pytest.mark.parametrize("call", [diffquant.load, diffquant.plan, diffquant.load_component])
-def test_an_unknown_flag_is_refused_with_the_nearest(
-    call: object, flag: str, nearest: str
-) -> None:
+def test_an_unknown_flag_is_refused_with_the_nearest(call: object, flag: str, nearest: str) -> None:
     assert callable(call)
     with pytest.raises(UsageError, match=f"unknown flag '{flag}'") as raised:
         call(**{flag: "x"})

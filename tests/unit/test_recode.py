@@ -47,8 +47,11 @@ def error(found: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("name", SCHEMES.names())
 def test_it_makes_the_parts_its_plan_promises(name: str) -> None:
     recode = SCHEMES.load(name).recode()
-    parts = encoded(weight(), recode)
+    truth = weight()
+    parts = encoded(truth, recode)
     assert frozenset(parts) == recode.roles
+    assert all(parts[role].data_ptr() != truth.data_ptr() for role in parts)
+    assert torch.equal(truth, weight())
     bits = ENCODINGS.load(recode.encoding.name).bits
     assert error(value(parts, recode), weight()) < (0.04 if bits == 8 else 0.16)
 

@@ -10,6 +10,7 @@ import pytest
 from diffquant import resolve as rules
 from diffquant import sources
 from diffquant.errors import AmbiguousSourceError, FormatError, SourceError, UsageError
+from diffquant.online import Online
 from diffquant.resolve import ModelFlags, Resolution, resolve
 
 FP8 = Path(__file__).parents[1] / "data" / "modelopt" / "flux" / "fp8"
@@ -25,10 +26,10 @@ def folder(directory: Path, config: dict[str, Any], weights: Path | None = None)
     return dense(target).parent if weights is None else Path(shutil.copy(weights, target)).parent
 
 
-def dense(path: Path) -> Path:
-    """A safetensors file with one BF16 matrix called blocks.0.attn.to_q.weight."""
+def dense(path: Path, name: str = "blocks.0.attn.to_q") -> Path:
+    """A safetensors file with one BF16 matrix."""
     entry = {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}
-    header = json.dumps({"blocks.0.attn.to_q.weight": entry}).encode()
+    header = json.dumps({f"{name}.weight": entry}).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     return path
@@ -237,6 +238,40 @@ def test_rule_4b_refuses_an_expert_of_another_architecture(two: Path, tmp_path: 
         resolve(ModelFlags(model_path=str(two), transformer_path=str(both)))
 
 
+def test_rule_4e_takes_both_experts_from_the_folders_of_their_writer(
+    two: Path, tmp_path: Path
+) -> None:
+    for name in ("high_noise_model", "low_noise_model"):
+        folder(tmp_path / "experts" / name, {"_class_name": "WanModel", "dim": 5120})
+    typed = str(tmp_path / "experts")
+    resolution = resolve(ModelFlags(model_path=str(two), transformer_path=typed))
+    roots = {name: source.weights.root.name for name, source in resolution.components.items()}
+    assert roots == {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
+    assert [rule for rule in fired(resolution) if rule[0] == "4"] == ["4e", "4e"]
+    assert resolution.components["transformer"].config["_class_name"] == WAN
+
+
+def test_rule_4e_leaves_an_expert_with_a_flag_of_its_own(two: Path, tmp_path: Path) -> None:
+    for name in ("high_noise_model", "low_noise_model"):
+        folder(tmp_path / "experts" / name, {})
+    mine = folder(tmp_path / "mine", {"_class_name": WAN, "num_layers": 1})
+    resolution = resolve(
+        ModelFlags(
+            model_path=str(two),
+            transformer_path=str(tmp_path / "experts"),
+            component_paths={"transformer_2": str(mine)},
+        )
+    )
+    assert resolution.components["transformer"].weights.root.name == "high_noise_model"
+    assert resolution.components["transformer_2"].weights.root == mine
+
+
+def test_rule_4e_needs_both_folders(two: Path, tmp_path: Path) -> None:
+    folder(tmp_path / "experts" / "high_noise_model", {})
+    with pytest.raises(SourceError):
+        resolve(ModelFlags(model_path=str(two), transformer_path=str(tmp_path / "experts")))
+
+
 # rule 5
 
 
@@ -373,7 +408,57 @@ def test_rule_8_suggests_the_nearest_name(base: Path) -> None:
     assert "fp8" in str(caught.value.hint)
 
 
+def test_rule_8_quantizes_twice_when_asked_and_says_so(base: Path) -> None:
+    flags = ModelFlags(
+        model_path=str(base), transformer_path=str(FP8), quantization="int8", requantize=True
+    )
+    resolution = resolve(flags)
+    (told,) = [fired for fired in resolution.fired if fired.rule == "8c"]
+    assert told.loud
+    assert "quantized twice" in told.sentence
+    assert resolution.components["transformer"].quantization == "int8"
+
+
+def test_rule_8_reaches_one_component_with_words_of_its_own(base: Path) -> None:
+    flags = ModelFlags(
+        model_path=str(base),
+        component_quantizations={"transformer": "svdq-int4"},
+        component_quantization_ignored_layers={"transformer": ("ff.net",)},
+        quantization_scope="mlp",
+        quantize_all=True,
+    )
+    assert resolve(flags).components["transformer"].online == Online(
+        scheme="svdq_int4", ignored=("ff.net",), scope="mlp", quantize_all=True
+    )
+
+
+@pytest.mark.parametrize(
+    "typed", [{"quantize_all": True}, {"requantize": True}, {"quantization_scope": "mlp"}]
+)
+def test_words_about_quantizing_need_something_to_quantize_to(
+    base: Path, typed: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError, match="has nothing to act on"):
+        resolve(ModelFlags(model_path=str(base), **typed))
+
+
+def test_what_is_no_transformer_is_not_quantized_and_not_passed_over() -> None:
+    flags = ModelFlags(model_path="emoji_flux", component_quantizations={"text_encoder": "fp8"})
+    with pytest.raises(UsageError, match="'text_encoder' .CLIPTextModel. is not quantized"):
+        resolve(flags)
+
+
 # rule 9
+
+
+def test_rule_9_knows_module_paths_of_a_file_with_names_of_its_own(base: Path) -> None:
+    file = base / "transformer" / "diffusion_pytorch_model.safetensors"
+    dense(file, "double_blocks.0.img_attn.proj")
+    for pattern in ("attn.to_out", "img_attn.proj"):
+        flags = ModelFlags(
+            model_path=str(base), quantization="fp8", quantization_ignored_layers=(pattern,)
+        )
+        assert resolve(flags).components["transformer"].ignored_layers == (pattern,)
 
 
 def test_rule_9_keeps_the_layers_a_pattern_hits(base: Path) -> None:

@@ -1,66 +1,31 @@
 """The page in a real browser: draw, cancel, an error, a reload, a phone, no other network."""
 
-import importlib.util
 import re
-import threading
 import time
 from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from diffquant import loading
-from diffquant.preset import for_model
-from diffquant.serve.app import listen, server
-from diffquant.serve.engine import Engine
 from diffquant.serve.page import page
-from diffquant.serve.service import Service
-from diffquant.serve.settings import Settings
+from tests import browser as driver
+from tests.serving import serving
 
-
-def _driver() -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "browser", Path(__file__).parents[1] / "browser.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-DRIVER = _driver()
-PATIENCE = 30.0
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # diffusers and transformers warn of themselves
-]
-needs_chromium = pytest.mark.skipif(DRIVER.CHROMIUM is None, reason="apt-get install chromium")
+pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers and transformers warn of themselves
+needs_chromium = pytest.mark.skipif(driver.CHROMIUM is None, reason="apt-get install chromium")
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    preset = for_model("emoji_flux")
-    assert preset is not None
-    load = partial(loading.load, run=loading.RunFlags(device="cpu"))
-    service = Service(
-        Engine(load, defaults=preset.defaults, flags={}), Settings(drain=1.0), model="emoji_flux"
-    )
-    running = server(service)
-    with listen("127.0.0.1", 0) as door:
-        thread = threading.Thread(target=running.run, kwargs={"sockets": [door]})
-        thread.start()
-        assert service.line.opened.wait(PATIENCE)
-        yield f"http://127.0.0.1:{door.getsockname()[1]}/"
-        running.should_exit = True
-        thread.join(PATIENCE)
+    pipeline = loading.load(run=loading.RunFlags(device="cpu"))
+    with serving(lambda: pipeline, drain=1.0) as served:
+        yield f"{served.url}/"
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with DRIVER.browser(tmp_path_factory.mktemp("profile")) as opened:
+    with driver.browser(tmp_path_factory.mktemp("profile")) as opened:
         yield opened
 
 

@@ -1,0 +1,261 @@
+"""/v1/videos: asked for now, fetched when they are done. Clips are held in memory, the latest few."""
+
+import asyncio
+import io
+import json
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response
+from PIL import Image
+from pydantic import ValidationError
+
+from diffquant import run, video
+from diffquant.serve import admission
+from diffquant.serve.bodies import VIDEO_FIELDS, VideoBody, named
+from diffquant.serve.images import ended, finished, job_of, result_of
+from diffquant.serve.jobs import Job, State
+from diffquant.serve.refusals import Refused, of_validation
+from diffquant.serve.service import Service
+
+KEPT = 32  # clips
+SHEET = 4  # frames beside and below each other on a contact sheet
+
+Variant = Literal["video", "thumbnail", "spritesheet"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Clip:
+    """One video on its way; `files` is filled when it has been drawn and written."""
+
+    job: Job
+    files: dict[str, tuple[bytes, str]] | None = None
+    error: Refused | None = None
+    completed: int | None = None
+    task: "asyncio.Task[None] | None" = None
+
+    @property
+    def id(self) -> str:
+        return f"video_{self.job.id}"
+
+    @property
+    def status(self) -> str:
+        if self.error is not None:
+            return str(State.FAILED)
+        if self.files is not None:
+            return str(State.COMPLETED)
+        return str(State.QUEUED if self.job.state is State.QUEUED else State.RUNNING)
+
+    def to_json(self, model: str) -> dict[str, Any]:
+        """openai's Video, and the request as it runs."""
+        asked = self.job.request
+        frames, fps = asked.num_frames or 1, asked.fps or run.DEFAULT_FPS
+        done = 100 * self.job.step // self.job.steps
+        error = self.error and {"code": self.error.code or "failed", "message": self.error.message}
+        return {
+            "id": self.id,
+            "object": "video",
+            "model": model,
+            "status": self.status,
+            "progress": 100 if self.files is not None else min(done, 99),
+            "created_at": self.job.created,
+            "completed_at": self.completed,
+            "expires_at": None,
+            "size": f"{asked.width}x{asked.height}",
+            "seconds": f"{frames / fps:g}",
+            "error": error,
+            "prompt": asked.prompt,
+            "remixed_from_video_id": None,
+            "request": {name: value for name, value in asked.typed.items() if name != "prompt"},
+        }
+
+
+class Clips:
+    """The latest clips of one service, oldest first."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self._held: OrderedDict[str, Clip] = OrderedDict()
+
+    def add(self, job: Job) -> Clip:
+        """Put the job into the line, and let an ended clip go where there are many."""
+        self.service.line.join(job)
+        clip = Clip(job=job)
+        self._held[clip.id] = clip
+        past = [key for key, held in self._held.items() if held.status in ("completed", "failed")]
+        for key in past[: max(len(self._held) - KEPT, 0)]:
+            del self._held[key]
+        clip.task = asyncio.create_task(_follow(clip))
+        return clip
+
+    def find(self, name: str) -> Clip:
+        if name not in self._held:
+            raise Refused(404, f"there is no video {name[:80]!r}", param="video", code="not_found")
+        return self._held[name]
+
+    def remove(self, name: str) -> Clip:
+        clip = self.find(name)
+        self.service.line.stop(clip.job, "cancelled")
+        del self._held[name]
+        return clip
+
+    def page(self, after: str | None, limit: int, newest_first: bool) -> tuple[list[Clip], bool]:
+        """Clips after the one named, and whether there are more."""
+        clips = list(self._held.values())[:: -1 if newest_first else 1]
+        names = [clip.id for clip in clips]
+        start = names.index(after) + 1 if after in names else 0
+        return clips[start : start + limit], len(clips) > start + limit
+
+
+def router(service: Service) -> APIRouter:
+    """The routes of videos."""
+    routes = APIRouter(prefix="/v1/videos", tags=["videos"])
+    clips = Clips(service)
+
+    @routes.post("", summary="Ask for a video", openapi_extra=_BODY)
+    async def create(request: Request) -> dict[str, Any]:
+        return clips.add(await _job(service, request)).to_json(service.model)
+
+    @routes.post("/sync", summary="Ask for a video and wait for it", openapi_extra=_BODY)
+    async def sync(request: Request) -> Response:
+        job = await _job(service, request)
+        service.line.join(job)
+        result = await finished(service, job, request)
+        files = await asyncio.to_thread(_files, result)
+        data, kind = files["video"]
+        told = {"X-Request-Id": job.name or job.id, "X-Model": service.model}
+        return Response(
+            data, media_type=kind, headers={**told, "X-Inference-Time-S": f"{result.seconds:.3f}"}
+        )
+
+    @routes.get("", summary="The latest videos")
+    async def listed(
+        after: str | None = None,
+        limit: int = Query(20, ge=1, le=100),
+        order: Literal["asc", "desc"] = "desc",
+    ) -> dict[str, Any]:
+        page, more = clips.page(after, limit, order == "desc")
+        return {
+            "object": "list",
+            "data": [clip.to_json(service.model) for clip in page],
+            "has_more": more,
+            "first_id": page[0].id if page else None,
+            "last_id": page[-1].id if page else None,
+        }
+
+    @routes.get("/{name}", summary="Where a video stands")
+    async def one(name: str) -> dict[str, Any]:
+        return clips.find(name).to_json(service.model)
+
+    @routes.delete("/{name}", summary="Stop a video at its next step and forget it")
+    async def remove(name: str) -> dict[str, Any]:
+        return {"id": clips.remove(name).id, "object": "video.deleted", "deleted": True}
+
+    @routes.get("/{name}/content", summary="The video, its first frame, or a sheet of frames")
+    async def content(name: str, variant: Variant = "video") -> Response:
+        clip = clips.find(name)
+        if clip.files is None:
+            raise Refused(404, f"the video is {clip.status}", code="not_ready")
+        data, kind = clip.files[variant]
+        return Response(data, media_type=kind)
+
+    return routes
+
+
+#: For /openapi.json: openai's client sends a form, others JSON.
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": VideoBody.model_json_schema()},
+            "multipart/form-data": {"schema": VideoBody.model_json_schema()},
+        },
+    }
+}
+
+
+async def _job(service: Service, request: Request) -> Job:
+    body = _validated(await _fields(request))
+    named(body.model, service.model)
+    facts = service.facts
+    if not facts.makes_videos:
+        raise Refused(
+            400, f"a {facts.pipeline_class.__name__} makes pictures: POST /v1/images/generations"
+        )
+    if find_spec("av") is None:
+        raise Refused(501, "the server cannot write MP4: pip install 'diffquant[video]'")
+    wanted = admission.admitted(body.request_at(facts.fps), facts, service.settings.limits)
+    return job_of(service, wanted, request, user=body.user)
+
+
+async def _fields(request: Request) -> dict[str, Any]:
+    """Of a form or of JSON; a file has no field to go to."""
+    if "form" in request.headers.get("content-type", ""):
+        async with request.form(max_files=1, max_fields=40) as form:
+            for name, value in form.items():
+                if not isinstance(value, str):
+                    raise Refused(
+                        400,
+                        f"{name} would be ignored: videos are made of a prompt alone here",
+                        param=name,
+                        code="ignored_parameter",
+                    )
+            return dict(form)
+    try:
+        told = await request.json()
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, "the body is neither JSON nor a form", code="invalid_value") from error
+    if not isinstance(told, dict):
+        raise Refused(400, "the body is no JSON object", code="invalid_value")
+    return told
+
+
+def _validated(fields: dict[str, Any]) -> VideoBody:
+    try:
+        return VideoBody.model_validate(fields)
+    except ValidationError as error:
+        raise of_validation(error.errors(), VIDEO_FIELDS) from error
+
+
+async def _follow(clip: Clip) -> None:
+    """Wait for the job, then write its files; whatever happens is told in the clip."""
+    await ended(clip.job)
+    try:
+        result = result_of(clip.job)
+        clip.files = await asyncio.to_thread(_files, result)
+    except Refused as refused:
+        clip.error = refused
+    clip.completed = int(time.time())
+
+
+def _files(result: run.Result) -> dict[str, tuple[bytes, str]]:
+    """Every variant of the first video, with its media type."""
+    frames, written = result.videos[0], io.BytesIO()
+    record = json.dumps({run.METADATA_KEY: True, **result.record})
+    video.WRITERS[".mp4"](frames, result.request.fps or run.DEFAULT_FPS, record, written)
+    return {
+        "video": (written.getvalue(), "video/mp4"),
+        "thumbnail": (_bytes(frames[0], "WEBP"), "image/webp"),
+        "spritesheet": (_bytes(_sheet(frames), "JPEG"), "image/jpeg"),
+    }
+
+
+def _sheet(frames: tuple[Image.Image, ...]) -> Image.Image:
+    """Frames evenly over the clip, row by row."""
+    count = SHEET * SHEET
+    shown = [frames[index * len(frames) // count] for index in range(count)]
+    width, height = frames[0].size
+    sheet = Image.new("RGB", (SHEET * width, SHEET * height))
+    for index, frame in enumerate(shown):
+        sheet.paste(frame, (index % SHEET * width, index // SHEET * height))
+    return sheet
+
+
+def _bytes(image: Image.Image, kind: str) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, quality=90)
+    return stream.getvalue()

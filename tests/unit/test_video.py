@@ -1,0 +1,140 @@
+"""Videos of tiny Wan and HunyuanVideo pipelines, in files that tell how they were made."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from diffquant import cli, run, video
+from diffquant.errors import UsageError
+from diffquant.run import Request, Result, fill, generate, read_metadata, recorded, save
+
+HERE = Path(__file__).parents[1]
+SMALL = Request(
+    prompt="red car",
+    width=32,
+    height=32,
+    num_frames=5,
+    num_inference_steps=2,
+    max_sequence_length=16,
+    guidance_scale=1.0,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers and transformers warn of themselves
+
+
+def load_tiny() -> Any:
+    spec = importlib.util.spec_from_file_location("tiny", HERE / "tiny.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made: Path = load_tiny().tiny_wan_pipeline(tmp_path_factory.mktemp("tiny") / "wan")
+    return made
+
+
+def moving(fps: int | None = 8) -> Result:
+    """A red square that crosses the picture in four frames."""
+    frames = []
+    for place in range(4):
+        frame = Image.new("RGB", (32, 16), "white")
+        frame.paste("red", (8 * place, 4, 8 * place + 8, 12))
+        frames.append(frame)
+    request = Request(prompt="Square", seed=1, fps=fps)
+    made = Result(
+        request=request, images=(), seconds=1.0, step_seconds=(1.0,), videos=(tuple(frames),)
+    )
+    return recorded(made, flags={"dtype": "bfloat16"}, report={"truth": ["größer"]})
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".gif", ".webp"])
+def test_a_video_holds_its_history_and_is_never_overwritten(tmp_path: Path, ending: str) -> None:
+    first, second = (save(moving(), tmp_path, f"clip{ending}")[0] for _ in range(2))
+    assert (first.name, second.name) == (f"clip{ending}", f"clip-2{ending}")
+    record = read_metadata(first)
+    assert record["request"] == {"prompt": "Square", "seed": 1, "fps": 8}
+    assert record["report"] == {"truth": ["größer"]}
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_an_mp4_has_every_frame_at_the_asked_rate(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    (path,) = save(moving(), tmp_path)
+    assert path.name == "square-1.mp4"
+    with av.open(path) as container:
+        frames = [frame.to_image() for frame in container.decode(video=0)]
+        assert container.streams.video[0].average_rate == 8
+    assert [frame.size for frame in frames] == [(32, 16)] * 4
+    red = [frame.getpixel((8 * place + 4, 8)) for place, frame in enumerate(frames)]
+    assert all(pixel[0] > 180 and pixel[1] < 90 for pixel in red)
+
+
+def test_a_gif_shows_its_frames_and_png_writes_each_alone(tmp_path: Path) -> None:
+    (path,) = save(moving(), tmp_path, "clip.gif")
+    with Image.open(path) as image:
+        assert image.n_frames == 4
+        assert image.info["duration"] == pytest.approx(125, abs=5)
+    paths = save(moving(), tmp_path, "clip.png")
+    assert [path.name for path in paths] == [f"clip-000{index}.png" for index in range(4)]
+    assert read_metadata(paths[2])["frame"] == 2
+
+
+def test_an_ending_nothing_writes_and_a_missing_package_are_told_before_drawing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert video.ending(None) == video.ending("clip") == ".mp4"
+    with pytest.raises(UsageError, match="not written as '.avi'"):
+        video.ending("clip.avi")
+    monkeypatch.setattr(video, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="needs PyAV") as caught:
+        video.ending(None)
+    assert "diffquant[video]" in str(caught.value)
+    assert video.ending("clip.webp") == ".webp"
+
+
+@pytest.mark.parametrize("name", ["tiny_wan", "tiny_hunyuan_video"])
+def test_a_video_pipeline_makes_the_asked_frames(name: str) -> None:
+    pipeline = getattr(load_tiny(), name)()
+    words = {**SMALL.typed, "max_sequence_length": 16 if name == "tiny_wan" else 32}
+    request = fill(Request(**words), pipeline, {"fps": 24})
+    made = generate(pipeline, request)
+    assert made.images == ()
+    assert [len(frames) for frames in made.videos] == [5]
+    assert made.videos[0][0].size == (32, 32)
+    assert made.request.fps == 24
+
+
+def test_two_videos_of_one_prompt_differ(base: Path) -> None:
+    pipeline = load_tiny().tiny_wan()
+    request = fill(Request(**SMALL.typed, num_images_per_prompt=2), pipeline, {})
+    first, second = generate(pipeline, request).videos
+    assert request.fps == run.DEFAULT_FPS
+    assert first[0].tobytes() != second[0].tobytes()
+
+
+def test_a_quantized_wan_draws_on_the_command_line_and_again(
+    base: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = ["--model-path", str(base), "--transformer-path", str(load_tiny().WAN_FP8)]
+    sizes = ["--width", "32", "--height", "32", "--num-frames", "5", "--fps", "8"]
+    words = ["generate", "--prompt", "red car", *paths, *sizes, "--max-sequence-length", "16"]
+    assert cli.run([*words, "--num-inference-steps", "2", "--device", "cpu", "--json"]) == 0
+    out, err = capsys.readouterr()
+    (first,) = json.loads(out)["paths"]
+    assert first == "outputs/red-car-42.mp4"
+    assert "fp8 via" in err
+    again = ["generate", "--config-from-metadata", first, "--output-file-name", "again.gif"]
+    assert cli.run(again) == 0
+    second = capsys.readouterr().out.strip()
+    assert second == "outputs/again.gif"
+    assert read_metadata(Path(second))["request"] == read_metadata(Path(first))["request"]
+    assert cli.run([*words, "--output-file-name", "x.avi"]) == 2
