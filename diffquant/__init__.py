@@ -40,7 +40,9 @@ def load(model_path: str | None = None, **flags: Any) -> Any:
     return load_pipeline(*_sorted_flags(model_path, flags))
 
 
-def load_component(component: str = "transformer", model_path: str | None = None, **flags: Any) -> Any:
+def load_component(
+    component: str = "transformer", model_path: str | None = None, **flags: Any
+) -> Any:
     """One component of the pipeline `load` would build, such as the transformer, as a module."""
     import torch
 

@@ -60,6 +60,8 @@ LEAVES = (".weight", ".bias")
 BIASES = frozenset({Role.BIAS, Role.INT_BIAS})
 #: Multiples that writers pad N and K to: tensor cores' own, those of mxfp8, whole tiles.
 PADDINGS = (16, 32, 128)
+#: Problems that get a nearest name: to find one takes time that grows with the model.
+NEAREST = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -554,7 +556,9 @@ class _Sheet:
 
     def _unowned(self, name: str, rule: Rule | None) -> None:
         spelled = name if rule is None else rule.rows[0]
-        near = difflib.get_close_matches(spelled, self._known(), n=1, cutoff=0.6)
+        near = []
+        if len(self.problems) < NEAREST:
+            near = difflib.get_close_matches(spelled, self._known(), n=1, cutoff=0.6)
         nearest = f", nearest is {near[0]!r}" if near else ""
         self.problems.append(Problem(name, f"belongs to no module of {self._class()}{nearest}"))
 

@@ -206,7 +206,9 @@ def _require_rowwise(name: str, header: Header) -> None:
         raise FormatError(
             f"{METADATA} has format_version {version!r}", hint=f"known are: {', '.join(VERSIONS)}"
         )
-    recipe = (block.get("quant_configs") or {}).get(ROWWISE, {}).get("scale_recipe", "rowwise")
+    configs = block.get("quant_configs")
+    told = configs.get(ROWWISE) if isinstance(configs, Mapping) else None
+    recipe = told.get("scale_recipe", "rowwise") if isinstance(told, Mapping) else "rowwise"
     if recipe != "rowwise":
         raise FormatError(f"{name!r} is {ROWWISE} with scale_recipe {recipe!r}, not 'rowwise'")
 

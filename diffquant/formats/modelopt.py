@@ -361,7 +361,7 @@ def _lost_smoothing(declaration: Declaration, layers: tuple[StoredLayer, ...]) -
 
 
 def _older(version: str | None, than: tuple[int, int]) -> bool:
-    numbers = re.findall(r"\d+", version or "")[:2]
+    numbers = re.findall(r"\d{1,9}", str(version or ""))[:2]
     return len(numbers) == 2 and (int(numbers[0]), int(numbers[1])) < than
 
 

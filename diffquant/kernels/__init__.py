@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from diffquant.device import Device
 from diffquant.errors import KernelError
-from diffquant.plan import DENSE, Activation, Encoding, LayerPlan, Piece, Role, Rotation
+from diffquant.plan import DENSE, Activation, Encoding, LayerPlan, Piece, Role
 from diffquant.plugins import Registry
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     tiny = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tiny)
     base = tiny.tiny_wan_pipeline(tmp_path_factory.mktemp("tiny") / "wan", experts=2)
-    sizes = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 3}
+    sizes: dict[str, Any] = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 3}
     return diffquant.compare(
         str(base),
         prompts=["red car"],

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffquant import headers, planner, sources
+from diffquant.cli import run
 from diffquant.errors import FormatError
 from diffquant.pieces import canonical, decoded
 from diffquant.plan import Plan
@@ -93,6 +94,15 @@ def test_a_save_that_was_never_compressed_is_refused_by_name() -> None:
     with pytest.raises(FormatError, match="never compressed") as raised:
         drafted(NATIVE / "fp8_fake")
     assert "build_modelopt_fp8_transformer" in str(raised.value)
+
+
+def test_what_that_refusal_advises_makes_a_file_that_is_read(tmp_path: Path) -> None:
+    words = ["--modelopt-hf-dir", str(NATIVE / "fp8_fake"), "--output-dir", str(tmp_path / "out")]
+    command = ["convert", "build_modelopt_fp8_transformer", *words, "--model-type", "none"]
+    assert run(command) == 0
+    drawn = drafted(tmp_path / "out")
+    assert not drawn.problems and drawn.plan.format == "modelopt"
+    assert len(drawn.plan.quantized) == len(expected("fp8"))
 
 
 def test_a_double_scale_that_is_lost_is_named(tmp_path: Path) -> None:
