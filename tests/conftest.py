@@ -1,5 +1,6 @@
 """What every test gets: a home of its own, no network, and a skip where an accelerator is missing."""
 
+import lzma
 import os
 from pathlib import Path
 
@@ -11,6 +12,17 @@ ROOT = Path(__file__).resolve().parents[1]
 def pytest_configure(config: pytest.Config) -> None:
     """Close the hub before anything imports huggingface_hub, which reads this once."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    unpack_fixtures()
+
+
+def unpack_fixtures() -> None:
+    """The largest true files travel compressed; each is unpacked beside itself, once, whole."""
+    for packed in (ROOT / "tests" / "data").rglob("*.xz"):
+        wanted = packed.with_suffix("")
+        if not wanted.exists():
+            partial = wanted.with_name(f"{wanted.name}.{os.getpid()}")
+            partial.write_bytes(lzma.decompress(packed.read_bytes()))
+            partial.replace(wanted)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
