@@ -7,6 +7,7 @@ Modules that start with an underscore are private to their package.
 import difflib
 import pkgutil
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Generic, TypeVar
 
@@ -24,9 +25,7 @@ class Registry(Generic[T]):
 
     def names(self) -> tuple[str, ...]:
         """Public names in alphabetical order; imports no plugin."""
-        paths = import_module(self.package).__path__
-        found = (module.name for module in pkgutil.iter_modules(paths))
-        return tuple(sorted(name for name in found if not name.startswith("_")))
+        return _public_modules(self.package)
 
     def load(self, name: str) -> T:
         """The object of that name. Raises UsageError, with the nearest names, when there is none."""
@@ -43,3 +42,10 @@ class Registry(Generic[T]):
     def load_all(self) -> dict[str, T]:
         """Every object by name, in alphabetical order."""
         return {name: self.load(name) for name in self.names()}
+
+
+@cache
+def _public_modules(package: str) -> tuple[str, ...]:
+    """Listed once a process: plans ask for names thousands of times."""
+    found = (module.name for module in pkgutil.iter_modules(import_module(package).__path__))
+    return tuple(sorted(name for name in found if not name.startswith("_")))

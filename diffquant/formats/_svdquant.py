@@ -213,7 +213,7 @@ def require_precision(promised: str | None, layers: Sequence[StoredLayer], who: 
 
 def require_rank(promised: int | None, found: Mapping[int, int], who: str) -> None:
     """Raises FormatError when no layer has the promised rank; ranks are stored in steps of 16."""
-    if promised is None or not found or -(-promised // 16) * 16 in found:
+    if not isinstance(promised, int) or not found or -(-promised // 16) * 16 in found:
         return
     most = max(found, key=lambda rank: found[rank])
     raise FormatError(

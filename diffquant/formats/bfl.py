@@ -90,7 +90,7 @@ def _layered(header: Header) -> str | None:
     if ROWWISE in formats:
         return f"{where} has layers that are {ROWWISE}"
     fused = _fused(header)
-    if fused is not None and formats and set(formats) <= {NVFP4, PLAIN}:
+    if fused is not None and formats and all(each in (NVFP4, PLAIN) for each in formats):
         return f"{where} has nvfp4 layers and {fused!r} is stored"
     return None
 

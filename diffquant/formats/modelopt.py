@@ -146,7 +146,7 @@ def _declarations(
         yield "config.json quantization_config", block
     side = checkpoint.sidecars.get("hf_quant_config.json")
     if side is not None:
-        yield "hf_quant_config.json", _nested(_json(side.read_text("utf-8"), str(side)))
+        yield "hf_quant_config.json", _nested(_json(side.read_text("utf-8", "replace"), str(side)))
     text = header.metadata.get("quantization_config")
     if text is not None:
         yield "header metadata quantization_config", _nested(_json(text, "header metadata"))

@@ -137,7 +137,7 @@ def _confirm(
     """Holds what the metadata, the file's name and a person say against the tensors."""
     weight = declared.get("weight")
     dtype = weight.get("dtype") if isinstance(weight, Mapping) else None
-    if dtype is not None and dtype not in DECLARED:
+    if dtype is not None and str(dtype) not in DECLARED:
         raise FormatError(f"quantization_config declares {dtype!r} weights, known are int4 and fp4")
     require_precision(DECLARED.get(str(dtype)), layers, "the header's quantization_config")
     require_precision(hints.precision, layers, "the name, or --quantization-precision,")

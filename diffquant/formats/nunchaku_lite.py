@@ -92,7 +92,7 @@ def _said(checkpoint: Checkpoint, declared: Mapping[str, Any]) -> Iterator[str]:
     blocks = [declared]
     for name, path in checkpoint.sidecars.items():
         if not name.endswith(".index.json"):
-            blocks.append(json_object(path.read_text("utf-8"), name))
+            blocks.append(json_object(path.read_text("utf-8", "replace"), name))
     for block in blocks:
         if "runtime_tensor_layout" in block:
             yield str(block["runtime_tensor_layout"])
@@ -106,10 +106,10 @@ def _require_targets(
     if not isinstance(targets, list):
         return
     stored = {layer.name for layer in layers}
-    for name in targets:
+    for name in map(str, targets):
         if name not in stored:
             raise FormatError(f"{WHERE} {where} targets {name!r}, and the file has no such layer")
-    for name in sorted(stored - set(targets)):
+    for name in sorted(stored - set(map(str, targets))):
         raise FormatError(f"{name!r} is stored quantized, and {WHERE} {where} does not target it")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 CASES = Path(__file__).resolve().parents[1] / "data" / "modelopt"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -47,6 +48,18 @@ def write(cases: Path) -> None:
         (target / "sglang_fp8" / "digests.json").write_text(table)
         shutil.copyfile(peer / "config.json", target / "sglang_fp8" / "config.json")
     shutil.copytree(cases / "flux" / "bf16", CASES / "flux" / "bf16", dirs_exist_ok=True)
+    shutil.copytree(cases / "wan" / "bf16", CASES / "wan" / "bf16", dirs_exist_ok=True)
+    cut(cases / "wan" / "ex_int8", CASES / "wan" / "ex_int8_cut")
+
+
+def cut(export: Path, target: Path) -> None:
+    """Layers that are ignored and smoothed all the same, and one that is quantized."""
+    kept = ("blocks.0.attn1.", "blocks.1.attn1.to_q")
+    target.mkdir(parents=True, exist_ok=True)
+    with safe_open(export / WEIGHTS, "pt") as stored:
+        names = [name for name in stored.keys() if name.startswith(kept)]
+        save_file({name: stored.get_tensor(name) for name in names}, target / WEIGHTS)
+    shutil.copyfile(export / "config.json", target / "config.json")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python tests/oracle/write_modelopt_ragged_cases.py
 
 It needs nvidia-modelopt beside diffusers. 48 wide, so that neither rows nor groups fill a tile of
-128 x 4. Written are an NVFP4 export, and one whose scales are swizzled and padded; the base is the
-seeded random model again (`tests/unit/test_dequantize.py` makes it anew).
+128 x 4. Written is an NVFP4 export whose scales are swizzled and padded; the base is the seeded
+random model again (`tests/unit/test_dequantize.py` makes it anew).
 """
 
 import copy
@@ -18,7 +18,6 @@ from diffusers import ZImageTransformer2DModel
 from modelopt.torch.export import export_hf_checkpoint
 
 CASES = Path(__file__).resolve().parents[1] / "data" / "modelopt" / "z_image"
-SWIZZLED = {"enable_swizzle_layout": True}
 
 
 def model() -> ZImageTransformer2DModel:
@@ -47,10 +46,12 @@ def calibrate(quantized: Any) -> None:
 
 
 def write() -> None:
-    for name, options in {"nvfp4": {}, "nvfp4_swizzle": SWIZZLED}.items():
-        shutil.rmtree(CASES / name, ignore_errors=True)
-        quantized = mtq.quantize(model(), copy.deepcopy(mtq.NVFP4_DEFAULT_CFG), calibrate)
-        export_hf_checkpoint(quantized, dtype=torch.bfloat16, export_dir=CASES / name, **options)
+    target = CASES / "nvfp4_swizzle"
+    shutil.rmtree(target, ignore_errors=True)
+    quantized = mtq.quantize(model(), copy.deepcopy(mtq.NVFP4_DEFAULT_CFG), calibrate)
+    export_hf_checkpoint(
+        quantized, dtype=torch.bfloat16, export_dir=target, enable_swizzle_layout=True
+    )
 
 
 if __name__ == "__main__":

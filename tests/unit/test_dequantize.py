@@ -111,10 +111,9 @@ def test_wan_comes_back_with_its_float32_modules(
     require_loads(tmp_path / "plain")
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "nvfp4_swizzle"])
-def test_sizes_that_fill_no_tile_come_back(name: str, tmp_path: Path) -> None:
-    """48 wide, with scales in rows, or swizzled into padded tiles of 128 x 4."""
-    written = dequantize(str(Z_IMAGE / name), tmp_path / "plain")
+def test_sizes_that_fill_no_tile_come_back(tmp_path: Path) -> None:
+    """48 wide, its scales swizzled into padded tiles of 128 x 4."""
+    written = dequantize(str(Z_IMAGE / "nvfp4_swizzle"), tmp_path / "plain")
     torch.manual_seed(0)
     settings = {key: value for key, value in written.plan.config.items() if key[0] != "_"}
     base = diffusers.ZImageTransformer2DModel(**settings).to(torch.bfloat16)

@@ -9,6 +9,7 @@ import copy
 import json
 import resource
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -22,7 +23,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from diffquant import audit, headers, planner, sources
-from diffquant.errors import DiffquantError
+from diffquant.errors import DiffquantError, PlanError
 from diffquant.families import FAMILIES, spelled
 from diffquant.formats import Hints
 from diffquant.headers.safetensors import BITS
@@ -149,7 +150,7 @@ def bfl() -> Specimen:
 
 @cache
 def specimens() -> dict[str, Specimen]:
-    folders = ("flux/fp8", "wan/fp8", "wan/ex_int8_cut", "z_image/nvfp4", "z_image/nvfp4_swizzle")
+    folders = ("flux/fp8", "wan/fp8", "wan/ex_int8_cut", "z_image/nvfp4_swizzle")
     comfy = sorted(
         path for path in (DATA / "comfy").glob("*.safetensors") if ".owner" not in path.name
     )
@@ -336,6 +337,40 @@ def test_an_undamaged_specimen_is_understood(name: str, tmp_path: Path) -> None:
     checkpoint = sources.checkpoint(str(tmp_path))
     drawn = planner.draft(checkpoint, headers.read(checkpoint.files), config=checkpoint.config)
     assert drawn.plan.quantized or drawn.problems
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_layers", 10**9),
+        ("num_layers", None),
+        ("num_attention_heads", {}),
+        ("attention_head_dim", 0),
+        ("patch_size", 2.5),
+        ("ffn_dim", float("nan")),
+        ("cross_attn_norm", "x"),
+    ],
+)
+def test_a_config_value_that_cannot_be_meant_is_named(key: str, value: Any, tmp_path: Path) -> None:
+    made = copy.deepcopy(specimens()["wan/fp8"])
+    made.beside["config.json"][key] = value
+    made.save(tmp_path)
+    checkpoint = sources.checkpoint(str(tmp_path))
+    with pytest.raises(PlanError, match=f"the config says '{key}' is"):
+        planner.draft(checkpoint, headers.read(checkpoint.files), config=checkpoint.config)
+
+
+def test_a_file_of_another_model_is_refused_in_time(tmp_path: Path) -> None:
+    """A nearest name for each of hundreds of strangers took minutes."""
+    made = copy.deepcopy(specimens()["wan/fp8"])
+    made.beside["config.json"]["num_layers"] = 40
+    made.tensors = {
+        f"other.{i}.{name}": made.tensors[name] for i in range(20) for name in made.tensors
+    }
+    made.save(tmp_path)
+    started = time.process_time()
+    read_whole(tmp_path)
+    assert time.process_time() - started < 10
 
 
 @settings(PATIENT, max_examples=500)
