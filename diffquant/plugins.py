@@ -5,6 +5,7 @@ Modules that start with an underscore are private to their package.
 """
 
 import difflib
+import os
 import pkgutil
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +26,8 @@ class Registry(Generic[T]):
 
     def names(self) -> tuple[str, ...]:
         """Public names in alphabetical order; imports no plugin."""
-        return _public_modules(self.package)
+        folders = tuple(import_module(self.package).__path__)
+        return _public_modules(folders, tuple(os.stat(folder).st_mtime_ns for folder in folders))
 
     def load(self, name: str) -> T:
         """The object of that name. Raises UsageError, with the nearest names, when there is none."""
@@ -45,7 +47,7 @@ class Registry(Generic[T]):
 
 
 @cache
-def _public_modules(package: str) -> tuple[str, ...]:
-    """Listed once a process: plans ask for names thousands of times."""
-    found = (module.name for module in pkgutil.iter_modules(import_module(package).__path__))
+def _public_modules(folders: tuple[str, ...], changed: tuple[int, ...]) -> tuple[str, ...]:
+    """Listed again only when a folder changed: plans ask for names thousands of times."""
+    found = (module.name for module in pkgutil.iter_modules(folders))
     return tuple(sorted(name for name in found if not name.startswith("_")))

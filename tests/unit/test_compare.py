@@ -236,13 +236,17 @@ def test_the_base_against_itself_is_identical(comparison: Comparison, saved: Pat
 def test_the_two_sides_are_never_in_memory_together() -> None:
     from diffusers import FluxTransformer2DModel
 
+    def alive() -> set[int]:
+        return {id(each) for each in gc.get_objects() if type(each) is FluxTransformer2DModel}
+
     seen = []
+    gc.collect()
+    others = alive()  # fixtures of other tests may hold models of their own
 
     def count(what: str, done: int, of: int) -> None:
         if done == of:
-            seen.append(sum(type(each) is FluxTransformer2DModel for each in gc.get_objects()))
+            seen.append(len(alive() - others))
 
-    gc.collect()
     ours, candidates = sides(
         ModelFlags(), RunFlags(device="cpu"), reference={}, candidates=[{}, {}]
     )
