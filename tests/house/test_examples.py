@@ -21,3 +21,15 @@ def test_example_runs(example: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_example_is_short(example: Path) -> None:
     assert len(example.read_text("utf-8").splitlines()) < 40
+
+
+FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+
+
+@pytest.mark.skipif(not FONT.exists(), reason="apt install fonts-noto-color-emoji")
+def test_the_training_runs_from_glyphs_to_a_pipeline(tmp_path: Path) -> None:
+    script = EXAMPLES[0].with_name("train_emoji_flux.py")
+    command = [sys.executable, str(script), "--smoke", "--output", str(tmp_path / "model")]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "model" / "model_index.json").is_file()
