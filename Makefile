@@ -15,10 +15,10 @@ check: ## what CI checks: style, types and tests against the built wheel
 	.ci/run
 
 test: ## the tests, without the long ones
-	$(BIN)/pytest -m 'not long'
-
-long: ## all tests
 	$(BIN)/pytest
+
+long: ## the long tests alone: 20,000 damaged files, the wheel's contents, every scheme's memory
+	$(BIN)/pytest -m long
 
 wheel: ## the wheel, in dist/
 	$(BIN)/python -m build --wheel
