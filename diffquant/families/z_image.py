@@ -7,6 +7,7 @@ w3.
 from collections.abc import Mapping
 from typing import Any
 
+from diffquant.errors import PlanError
 from diffquant.families import Family, Inventory, Naming, Shape
 from diffquant.families._config import settings
 from diffquant.families._names import rules
@@ -70,7 +71,14 @@ def _patches(given: Mapping[str, Any]) -> Table:
     """One embedder and one final layer per patch size, named `<side>-<frames>`."""
     table: dict[str, Any] = {}
     width = given["dim"]
-    for side, frames in zip(given["all_patch_size"], given["all_f_patch_size"], strict=True):
+    all_sides, all_frames = given["all_patch_size"], given["all_f_patch_size"]
+    if len(all_sides) != len(all_frames):
+        raise PlanError(
+            f"the config lists {len(all_sides)} all_patch_size and {len(all_frames)} "
+            "all_f_patch_size, as many were needed",
+            hint="is this the config.json of the module?",
+        )
+    for side, frames in zip(all_sides, all_frames, strict=True):
         values = side * side * frames * given["in_channels"]
         final = f"all_final_layer.{side}-{frames}"
         table[f"all_x_embedder.{side}-{frames}"] = linear(values, width)

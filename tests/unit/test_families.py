@@ -433,3 +433,11 @@ def _modules(inventory: Inventory) -> set[str]:
 
 def _weight(inventory: Inventory, path: str) -> tuple[int, ...] | None:
     return inventory.shapes.get(f"{path}.weight", inventory.shapes.get(path))
+
+
+def test_patch_sizes_that_do_not_pair_up_are_refused_by_name() -> None:
+    from diffquant.errors import PlanError
+    from diffquant.families.z_image import FAMILY
+
+    with pytest.raises(PlanError, match="1 all_patch_size and 0 all_f_patch_size"):
+        FAMILY.inventory({"all_patch_size": [2], "all_f_patch_size": []})
