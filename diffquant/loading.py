@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from diffquant import adapters, audit, device, experts, headers, online, planner, resolve, sources
 from diffquant.device import Device
@@ -55,6 +55,10 @@ class RunFlags:
     lora: tuple[str, ...] = ()
     save_quantized: str | None = None
     pinned: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        resolve.require_choice("numerics", self.numerics, get_args(Numerics))
+        resolve.require_choice("dtype", self.dtype, tuple(DTYPES))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -402,8 +406,6 @@ def _demanded(layer: LayerPlan, kernel: str | None) -> str | None:
 def _dtype(name: str) -> Any:
     import torch
 
-    if name not in DTYPES:
-        raise UsageError(f"unknown dtype {name!r}", hint=f"one of: {', '.join(DTYPES)}")
     return getattr(torch, DTYPES[name])
 
 

@@ -101,6 +101,18 @@ class ModelFlags:
     scale_layout: str | None = None
     raw_fp8: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuses values nobody knows, whichever way they were typed: an ignored one is a silent one."""
+        require_choice("nvfp4_nibbles", self.nvfp4_nibbles, ("low", "high"))
+        require_choice("scale_layout", self.scale_layout, ("linear", "tiles"))
+        require_choice("quantization_precision", self.quantization_precision, ("int4", "nvfp4"))
+
+
+def require_choice(flag: str, value: str | None, choices: Sequence[str]) -> None:
+    """Raises UsageError when a value was typed that is none of the choices."""
+    if value is not None and value not in choices:
+        raise UsageError(f"unknown {flag} {value!r}", hint=f"one of: {', '.join(choices)}")
+
 
 @dataclass(frozen=True, slots=True)
 class Fired:

@@ -77,3 +77,18 @@ def test_a_foreign_pipeline_has_no_report() -> None:
 
     with pytest.raises(UsageError, match="was not loaded by diffquant"):
         diffquant.report(Pipeline())
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("numerics", "faithfull"),
+        ("dtype", "bf17"),
+        ("nvfp4_nibbles", "hgih"),
+        ("scale_layout", "tile"),
+        ("quantization_precision", "fp5"),
+    ],
+)
+def test_a_value_nobody_knows_is_refused_and_never_ignored(flag: str, value: str) -> None:
+    with pytest.raises(UsageError, match=f"unknown {flag} '{value}'"):
+        diffquant.plan("emoji_flux", **{flag: value})
