@@ -157,6 +157,8 @@ def buffer(name: str, size: int, dtype: "Dtype") -> "Tensor":
     key = f"{name} {dtype}"
     held = getattr(_scratch, key, None)
     if held is None or held.numel() < size:
-        held = torch.empty(size, dtype=dtype)
+        # Born in inference mode, it could not be written outside of it, where the next call may be.
+        with torch.inference_mode(False):
+            held = torch.empty(size, dtype=dtype)
         setattr(_scratch, key, held)
     return held[:size]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffquant.device import Device
 from diffquant.encodings import ENCODINGS, Granularity, Recipe
-from diffquant.kernels import KERNELS, Spec, refusal
+from diffquant.kernels import KERNELS, Spec, _cpu, refusal
 from diffquant.plan import Encoding, Role
 
 CPU = Device(kind="cpu", arch="x86_64", name="a CPU")
@@ -127,3 +127,13 @@ def test_a_larger_layer_before_does_not_show_in_the_next() -> None:
     for other in CASES:
         product(other, parts_of(other), x_MK)
     assert torch.equal(product(case, parts_of(case), x_MK), first)
+
+
+@pytest.mark.parametrize("name", sorted({case.kernel for case in CASES}))
+def test_a_call_after_one_in_inference_mode_works(name: str) -> None:
+    case = next(case for case in CASES if case.kernel == name)
+    parts, x_MK = parts_of(case), torch.ones(1, K, dtype=torch.bfloat16)
+    _cpu._scratch.__dict__.clear()
+    with torch.inference_mode():
+        before = product(case, parts, x_MK)
+    assert torch.equal(product(case, parts, x_MK), before)
