@@ -73,7 +73,7 @@ def test_rule_1_takes_the_typed_pipeline(base: Path) -> None:
 def test_rule_1_without_a_path_takes_the_bundled_pipeline_and_its_override(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "MODELS", tmp_path)
+    monkeypatch.setattr(sources._reference, "MODELS", tmp_path)
     pipeline(tmp_path / rules.BUNDLED_PIPELINE)
     folder(tmp_path / rules.BUNDLED_OVERRIDE, {"_class_name": FLUX})
     resolution = resolve(ModelFlags())
@@ -85,7 +85,7 @@ def test_rule_1_without_a_path_takes_the_bundled_pipeline_and_its_override(
 def test_rule_1_leaves_the_bundled_override_out_when_another_was_typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "MODELS", tmp_path)
+    monkeypatch.setattr(sources._reference, "MODELS", tmp_path)
     pipeline(tmp_path / rules.BUNDLED_PIPELINE)
     mine = folder(tmp_path / "mine", {"_class_name": FLUX})
     resolution = resolve(ModelFlags(transformer_path=str(mine)))

@@ -175,7 +175,7 @@ def test_home_and_selectors_work_on_paths(tmp_path: Path, isolated_home: Path) -
 
 
 def test_bundled_models_go_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MODELS", tmp_path)
+    monkeypatch.setattr(sources._reference, "MODELS", tmp_path)
     folder(tmp_path / "emoji_flux", "transformer/a.safetensors", pipeline="{}")
     assert sources.bundled_names() == ("emoji_flux",)
     assert names(checkpoint("emoji_flux/transformer")) == ["a.safetensors"]
