@@ -180,7 +180,7 @@ def save(result: Result, output_path: Path, output_file_name: str | None = None)
     output_path.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     for index, seed in enumerate(result.request.seeds):
-        name = output_file_name or f"{_slug(result.request.prompt or '')}-{seed}"
+        name = output_file_name or f"{slug(result.request.prompt or '')}-{seed}"
         record = {**result.record, "image": index, "image_seed": seed}
         if result.videos:
             clip, fps = result.videos[index], result.request.fps
@@ -447,7 +447,7 @@ def _image(picture: Tensor) -> Image.Image:
     return Image.fromarray((values * 255).round().astype("uint8"))
 
 
-def _slug(prompt: str) -> str:
+def slug(prompt: str) -> str:
     """'A red apple!' -> 'a-red-apple'; letters of every script stay."""
     words = "-".join(re.findall(r"\w+", prompt.lower()))
     return words[:LONGEST_STEM].strip("-") or "picture"

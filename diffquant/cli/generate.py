@@ -1,11 +1,12 @@
 """`diffquant generate`: a prompt in, a picture with its whole history out."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -17,6 +18,9 @@ from diffquant.preset import for_model
 from diffquant.resolve import ModelFlags
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from diffquant.batch import Outcome
     from diffquant.run import Result
 
 OUTPUTS = "outputs"
@@ -28,6 +32,9 @@ NOT_AGAIN = frozenset({"pinned", "save_quantized"})
 @_options.options(_options.PICTURE)
 @click.option("--output-path", default=OUTPUTS, show_default=True, metavar="DIR")
 @click.option("--output-file-name", metavar="NAME", help="[made of prompt and seed]")
+@click.option(
+    "--input-file", metavar="FILE", help="One request a line: .jsonl, or a text file of prompts."
+)
 @click.option("--profile", metavar="DIR", help="Write a trace of the run and a table of layers.")
 @_options.options(_options.MODEL, _options.SAVE, _options.RUN, _options.SETTINGS)
 @_options.JSON
@@ -37,9 +44,10 @@ def COMMAND(
     /,
     output_path: str,
     output_file_name: str | None,
+    input_file: str | None,
     as_json: bool,
     **values: Any,
-) -> None:
+) -> int:
     """Draw a picture with a pipeline whose transformer is, or is not, quantized.
 
     \b
@@ -51,8 +59,7 @@ def COMMAND(
     --text-encoder-weights-path and so on. The picture's metadata holds all that is needed to draw it
     again with --config-from-metadata.
     """
-    if not values["prompt"]:
-        raise UsageError("there is no prompt", hint="diffquant generate --prompt 'red apple'")
+    _require_prompt(values["prompt"], input_file, output_file_name)
     model = _options.model_flags(values, prepared)
     run = _options.run_flags(values, prepared)
     # Everything that can be refused without torch is refused before the seconds torch needs.
@@ -63,12 +70,70 @@ def COMMAND(
             hint=f"diffquant plan --device {dry.device.name} says what would happen there",
         )
     _tell_notes(dry, prepared)
+    if input_file is not None:
+        return _draw_lines(dry, model, values, Path(input_file), Path(output_path), as_json)
     result = _drawn(dry, model, values, output_file_name)
     paths = _saved(result, Path(output_path), output_file_name)
     _tell_size(values, result)
     _talk.say(f"drawn in {result.seconds:.1f} s, saved as")
     told = json.dumps(_told(result, paths), indent=2) if as_json else "\n".join(map(str, paths))
     click.echo(told)
+    return 0
+
+
+def _require_prompt(prompt: str | None, input_file: str | None, name: str | None) -> None:
+    if input_file is not None and (prompt or name):
+        surplus = "--prompt" if prompt else "--output-file-name"
+        raise UsageError(
+            f"{surplus} says for one picture what --input-file {input_file!r} says for each",
+            hint=f"leave {surplus} out",
+        )
+    if not (prompt or input_file):
+        raise UsageError("there is no prompt", hint="diffquant generate --prompt 'red apple'")
+
+
+def _draw_lines(
+    dry: loading.DryRun,
+    model: ModelFlags,
+    values: Mapping[str, Any],
+    file: Path,
+    folder: Path,
+    as_json: bool,
+) -> int:
+    """Every line of a file with one loaded pipeline; 1 when a line could not be drawn."""
+    _talk.quiet()
+    from diffquant import batch, run
+
+    lines = batch.read(file, run.Request(**_options.given(run.Request, values)))
+    counted: Counter[str] = Counter()
+    with _talk.progress() as bars:
+        pipeline, report = _loaded(dry, model, bars)
+        preset = for_model(*dry.resolution.model_names)
+        folder.mkdir(parents=True, exist_ok=True)
+        task = bars.add_task("lines", total=len(lines))
+        with _profiled(values["profile"], pipeline, report):
+            for outcome in batch.draw(
+                pipeline,
+                lines,
+                folder,
+                defaults=preset.defaults if preset else {},
+                flags=_flags(model, dry.run),
+                report=report.to_json(),
+            ):
+                counted[outcome.state] += 1
+                bars.update(task, advance=1)
+                _tell_outcome(outcome, as_json)
+    _talk.say(", ".join(f"{counted[state]} {state}" for state in get_args(batch.State)))
+    return 1 if counted["failed"] else 0
+
+
+def _tell_outcome(outcome: "Outcome", as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(outcome.to_json()))
+    elif outcome.error is not None:
+        _talk.say(f"line {outcome.number} failed: {outcome.error}")
+    else:
+        click.echo("\n".join(map(str, outcome.paths)))
 
 
 def _tell_notes(dry: loading.DryRun, prepared: Prepared) -> None:
@@ -89,30 +154,38 @@ def _drawn(
 ) -> "Result":
     _talk.quiet()
     with _talk.progress() as bars:
-        task = bars.add_task("starting", total=None)
         from diffquant import run as running
 
-        _talk.quiet_bars()
-
-        def on_layer(component: str, done: int, total: int) -> None:
-            bars.update(task, description=f"loading {component}", completed=done, total=total)
+        pipeline, report = _loaded(dry, model, bars)
 
         def on_step(done: int, total: int) -> None:
-            bars.update(task, description="drawing", completed=done, total=total)
+            bars.update(task, completed=done, total=total)
 
-        pipeline = loading.load(model, dry.run, on_progress=on_layer)
-        report = loading.report(pipeline)
-        for line in (*report.truth_lines, *map(str, report.lora)):
-            _talk.say(line)
         preset = for_model(*dry.resolution.model_names)
         asked = running.Request(**_options.given(running.Request, values))
         request = running.fill(asked, pipeline, preset.defaults if preset else {})
         if request.num_frames is not None:
             video.ending(name)
-        bars.reset(task, description="drawing", total=request.num_inference_steps)
+        task = bars.add_task("drawing", total=request.num_inference_steps)
         with _profiled(values["profile"], pipeline, report):
             result = running.generate(pipeline, request, on_step)
     return running.recorded(result, flags=_flags(model, dry.run), report=report.to_json())
+
+
+def _loaded(dry: loading.DryRun, model: ModelFlags, bars: "Progress") -> tuple[Any, loading.Report]:
+    """The pipeline, and its truth lines on stderr."""
+    task = bars.add_task("loading", total=None)
+    _talk.quiet_bars()
+
+    def on_layer(component: str, done: int, total: int) -> None:
+        bars.update(task, description=f"loading {component}", completed=done, total=total)
+
+    pipeline = loading.load(model, dry.run, on_progress=on_layer)
+    report = loading.report(pipeline)
+    for line in (*report.truth_lines, *map(str, report.lora)):
+        _talk.say(line)
+    bars.remove_task(task)
+    return pipeline, report
 
 
 def _profiled(
