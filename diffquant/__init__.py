@@ -71,23 +71,25 @@ def compare(
     model_path: str | None = None,
     *,
     prompts: Sequence[str] = (),
-    seeds: Sequence[int] = (42,),
+    seeds: Sequence[int] = (),
     candidates: Sequence[Mapping[str, Any]] = (),
     reference: Mapping[str, Any] | None = None,
     level: str = "smoke",
     thresholds: Mapping[str, float] | None = None,
     saved_reference: "Path | None" = None,
     save_reference: "Path | None" = None,
+    repeat: int = 1,
     **flags: Any,
 ) -> "Comparison":
     """Draw the same noise with the BF16 base and with each candidate, and judge: see `.ok`,
-    `.first_failure`, `.candidates`, `.to_json()`, `.to_markdown()`.
+    `.first_failure`, `.candidates`, `.to_json()`, `.to_markdown()`, `.to_html()`.
 
-    prompts, seeds    every prompt is drawn with every seed
+    prompts, seeds    every prompt is drawn with every seed; no seed means 42
     candidates        flags of `load` that each candidate has of its own; none: one, by `flags`
     reference         flags of `load` that the reference has of its own
     thresholds        limits in place of the level's: {"psnr": 28}
     saved_reference   a capture to use instead of drawing; save_reference: where to keep one
+    repeat            rounds in which time and memory are measured, the sides in turns
     flags             those of `load`, for all candidates, and width, height, num_inference_steps …
 
     Raises DiffquantError where a side cannot be loaded, or the comparison would be unfair.
@@ -100,16 +102,20 @@ def compare(
     drawing = {name: flags.pop(name) for name in list(flags) if name in Request.__slots__}
     model, run = _sorted_flags(model_path, flags)
     ours, theirs = sides(model, run, reference=reference or {}, candidates=candidates)
-    asked = requests(Request(**drawing), prompts, seeds) if prompts or not saved_reference else ()
+    settings = Request(**drawing)
+    asked = requests(settings, prompts, seeds) if prompts or not saved_reference else ()
     return answer(
         Question(
             reference=ours,
             candidates=theirs,
             requests=asked,
+            settings=settings,
+            seeds=tuple(seeds),
             level=level,
             thresholds=thresholds or {},
             saved=saved_reference,
             save_reference=save_reference,
+            repeat=repeat,
         )
     )
 

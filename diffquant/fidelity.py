@@ -42,6 +42,8 @@ BIAS = 0.05
 ROUNDING = 2.0**-8
 #: Base layers a suspicious one is held against.
 STRANGERS = 64
+#: Suspicion of a layer that stayed dense though its like did not.
+LEFT = "left unquantized"
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 #: layers done, layers in all
@@ -105,18 +107,38 @@ def layer_fidelity(reference_NK: Tensor, decoded_NK: Tensor) -> Fidelity:
             f"{list(reference_NK.shape)}",
             hint="--base names the model that was quantized",
         )
-    reference = reference_NK.float()
-    difference = decoded_NK.float() - reference
-    signal, noise = float(reference.norm()), float(difference.norm())
-    if not noise < inf:
-        return Fidelity(relative_error=inf, sqnr_db=-inf, max_error=inf)
-    if noise == 0.0:
-        return Fidelity(relative_error=0.0, sqnr_db=inf, max_error=0.0)
-    return Fidelity(
-        relative_error=noise / signal if signal else inf,
-        sqnr_db=20 * log10(signal / noise) if signal else -inf,
-        max_error=float(difference.abs().max()),
-    )
+    running = Running()
+    running.add(reference_NK, decoded_NK)
+    return running.figures()
+
+
+class Running:
+    """Figures of one weight that is looked at in parts, so that no whole copy of it is needed."""
+
+    def __init__(self) -> None:
+        self._signal = self._noise = self._most = 0.0
+
+    def add(self, reference_NK: Tensor, decoded_NK: Tensor) -> None:
+        """Some of its rows, before and after."""
+        reference = reference_NK.float()
+        difference = decoded_NK.float() - reference
+        self._signal = hypot(self._signal, float(reference.norm()))
+        self._noise = hypot(self._noise, float(difference.norm()))
+        low, high = difference.aminmax()
+        self._most = max(self._most, -float(low), float(high))
+
+    def figures(self) -> Fidelity:
+        """What all parts together lost."""
+        signal, noise = self._signal, self._noise
+        if not noise < inf:
+            return Fidelity(relative_error=inf, sqnr_db=-inf, max_error=inf)
+        if noise == 0.0:
+            return Fidelity(relative_error=0.0, sqnr_db=inf, max_error=0.0)
+        return Fidelity(
+            relative_error=noise / signal if signal else inf,
+            sqnr_db=20 * log10(signal / noise) if signal else -inf,
+            max_error=self._most,
+        )
 
 
 def compare_plans(
@@ -138,9 +160,9 @@ def compare_plans(
         for path in base.layers
         if path not in ours.layers
     ]
-    ranked = _ranked(measured)
+    ranking = ranked(measured)
     plain = frozenset(_left_plain(plan))
-    return tuple(replace(each, suspicion=_suspicion(each, ours, base, plain)) for each in ranked)
+    return tuple(replace(each, suspicion=_suspicion(each, ours, base, plain)) for each in ranking)
 
 
 class _Side:
@@ -179,20 +201,20 @@ def _measured(
     )
 
 
-def _ranked(measured: Sequence[LayerFidelity]) -> list[LayerFidelity]:
+def ranked(measured: Sequence[LayerFidelity]) -> list[LayerFidelity]:
     """With factors, the worst first; layers that one side lacks lead."""
     errors: dict[str, list[float]] = defaultdict(list)
     for each in measured:
         if each.fidelity is not None:
             errors[each.encoding].append(each.fidelity.relative_error)
     usual = {encoding: max(median(found), ROUNDING) for encoding, found in errors.items()}
-    ranked = (
+    judged = (
         replace(each, factor=each.fidelity.relative_error / usual[each.encoding])
         if each.fidelity is not None
         else replace(each, factor=inf)
         for each in measured
     )
-    return sorted(ranked, key=lambda each: -each.factor)
+    return sorted(judged, key=lambda each: -each.factor)
 
 
 # suspicions --------------------------------------------------------------------------------------
@@ -205,7 +227,7 @@ def _suspicion(each: LayerFidelity, ours: _Side, base: _Side, plain: frozenset[s
     if each.fidelity is None:
         return "missing"
     if each.path in plain:
-        return "left unquantized"
+        return LEFT
     if not each.is_outlier():
         return None
     found, truth = ours.weight(each.path), base.weight(each.path)

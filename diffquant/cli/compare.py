@@ -1,6 +1,7 @@
 """`diffquant compare`: BF16 against quantized, with numbers, a verdict and an exit code."""
 
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +16,11 @@ from diffquant.errors import UsageError
 
 if TYPE_CHECKING:
     from diffquant.compare import Candidate, Comparison, Question
-    from diffquant.compare.comparison import Mean
+    from diffquant.compare.means import Mean
 
 FAILED = 1
+#: Layers that are named where many could be.
+SHOWN = 4
 
 
 def _pairs(ctx: click.Context, param: click.Parameter, value: Sequence[str]) -> dict[str, str]:
@@ -45,6 +48,17 @@ def _seeds(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
         return tuple(int(word) for word in (value or "").split(",") if word.strip())
     except ValueError:
         raise UsageError(f"--seeds {value!r} is no list of numbers", hint="--seeds 0,1,2") from None
+
+
+def _file(ctx: click.Context, param: click.Parameter, value: str | None) -> Path | None:
+    """A file that can be written, known before minutes are spent on what is to stand in it."""
+    if value is None:
+        return None
+    path = Path(value)
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"{param.opts[0]} {value!r}: no file can be written there")
+    return path
 
 
 PROMPTS = (
@@ -80,7 +94,9 @@ SIDES = (
     ),
     click.option("--candidate-fp4-gemm-backend", metavar="NAME", help="As the peers spell it."),
     click.option("--reference", metavar="FILE", help="Use a captured reference, draw none."),
-    click.option("--save-reference", metavar="FILE", help="Capture the reference for later."),
+    click.option(
+        "--save-reference", metavar="FILE", callback=_file, help="Capture the reference for later."
+    ),
 )
 ANSWERS = (
     click.option("--level", default="smoke", show_default=True, help="smoke or strict."),
@@ -91,8 +107,20 @@ ANSWERS = (
         callback=_thresholds,
         help="In place of the level's: psnr=28. Repeatable.",
     ),
-    click.option("--report", metavar="FILE", help="A page of its own: pictures, plots, numbers."),
-    click.option("--output-json", metavar="FILE", help="The same as --json, into a file."),
+    click.option(
+        "--report", metavar="FILE", callback=_file, help="A page: pictures, plots, numbers."
+    ),
+    click.option(
+        "--output-json", metavar="FILE", callback=_file, help="The same as --json, into a file."
+    ),
+    click.option(
+        "--repeat",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        metavar="ROUNDS",
+        help="Measure time and memory so often, the sides in turns.",
+    ),
     click.option("--profile", metavar="DIR", help="A trace and a table of layers of each side."),
     click.option("--markdown", is_flag=True, help="A table for a model card, on stdout."),
 )
@@ -136,6 +164,7 @@ def _question(values: Mapping[str, Any], prepared: Prepared) -> "Question":
     from diffquant.compare.asking import sides
     from diffquant.run import Request
 
+    _require_sense(values)
     ours, candidates = sides(
         _options.model_flags(values, prepared),
         _options.run_flags(values, prepared),
@@ -143,17 +172,20 @@ def _question(values: Mapping[str, Any], prepared: Prepared) -> "Question":
         candidates=_candidates(values),
     )
     typed = {name: value for name, value in values.items() if name not in OF_EACH}
-    prompts, saved = _prompts(values), _path(values["reference"])
+    prompts, seeds, saved = _prompts(values), _all_seeds(values), _path(values["reference"])
     asked = Request(**_options.given(Request, typed))
     return Question(
         reference=ours,
         candidates=candidates,
-        requests=() if saved and not prompts else requests(asked, prompts, _all_seeds(values)),
+        requests=() if saved and not prompts else requests(asked, prompts, seeds),
+        settings=asked,
+        seeds=seeds,
         level=values["level"],
         thresholds=values["threshold"],
         saved=saved,
-        save_reference=_path(values["save_reference"]),
+        save_reference=values["save_reference"],
         profile=_path(values["profile"]),
+        repeat=values["repeat"],
         command=_command(prepared),
     )
 
@@ -196,16 +228,35 @@ def _kernel(backend: str | None) -> str | None:
 def _prompts(values: Mapping[str, Any]) -> tuple[str, ...]:
     if values["prompts"] is None:
         return tuple(values["prompt"])
-    lines = Path(values["prompts"]).read_text(encoding="utf-8").splitlines()
+    path = Path(values["prompts"])
+    if not path.is_file():
+        raise UsageError(f"--prompts {values['prompts']!r}: there is no such file")
+    lines = path.read_text(encoding="utf-8").splitlines()
     return (*values["prompt"], *(line.strip() for line in lines if line.strip()))
 
 
 def _all_seeds(values: Mapping[str, Any]) -> tuple[int, ...]:
+    """The typed seeds, one way or the other; none where none were typed."""
     from diffquant.run import DEFAULT_SEED
 
-    first = DEFAULT_SEED if values["seed"] is None else values["seed"]
-    count = values["num_images_per_prompt"] or 1
-    return values["seeds"] or tuple(range(first, first + count))
+    first, count = values["seed"], values["num_images_per_prompt"]
+    if first is None and count is None:
+        seeds: tuple[int, ...] = values["seeds"]
+        return seeds
+    begin = DEFAULT_SEED if first is None else first
+    return tuple(range(begin, begin + (count or 1)))
+
+
+def _require_sense(values: Mapping[str, Any]) -> None:
+    """Raises UsageError for options of which one would be ignored."""
+    for one, other in (
+        ("seeds", "seed"),
+        ("seeds", "num_images_per_prompt"),
+        ("as_json", "markdown"),
+    ):
+        if values[one] and values[other] not in (None, False):
+            names = [f"--{name.removeprefix('as_').replace('_', '-')}" for name in (one, other)]
+            raise UsageError(f"{' and '.join(names)} exclude each other", hint=f"{names[0]} alone")
 
 
 def _path(text: str | None) -> Path | None:
@@ -251,11 +302,9 @@ def _write(comparison: "Comparison", values: Mapping[str, Any]) -> None:
     """Data on stdout, files where they were asked for."""
     data = json.dumps(comparison.to_json(), indent=2, allow_nan=False)
     if values["output_json"] is not None:
-        Path(values["output_json"]).write_text(data + "\n", encoding="utf-8")
+        _save(values["output_json"], data + "\n")
     if values["report"] is not None:
-        from diffquant.compare.report import page
-
-        Path(values["report"]).write_text(page(comparison), encoding="utf-8")
+        _save(values["report"], comparison.to_html())
         _talk.say(f"the report is {values['report']}")
     if values["as_json"]:
         click.echo(data)
@@ -263,6 +312,11 @@ def _write(comparison: "Comparison", values: Mapping[str, Any]) -> None:
         click.echo(comparison.to_markdown(), nl=False)
     else:
         click.echo("\n\n".join(_answer(each, comparison) for each in comparison.candidates))
+
+
+def _save(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def _answer(candidate: "Candidate", comparison: "Comparison") -> str:
@@ -281,14 +335,44 @@ def _answer(candidate: "Candidate", comparison: "Comparison") -> str:
         if value is not None
     ]
     defects = [("defect", text, "", "") for text in candidate.verdict.defects]
-    ours, theirs = candidate.cost, comparison.reference_cost
-    costs = [
-        ("weights", _talk.size(ours.weight_bytes), "", f"{_talk.size(theirs.weight_bytes)} before"),
-        ("seconds per step", f"{ours.step_seconds:.3f}", "", f"{theirs.step_seconds:.3f} before"),
-    ]
     kept = "keeps" if candidate.verdict.ok else "misses"
     head = f"{candidate.name} {kept} {candidate.verdict.level}, {_intervals(candidate)}"
-    return f"{head}\n{_talk.table([*defects, *rows, *costs])}"
+    table = _talk.table([*defects, *rows, *_left(candidate), *_costs(candidate, comparison)])
+    return f"{head}\n{table}"
+
+
+def _left(candidate: "Candidate") -> list[tuple[str, ...]]:
+    left = candidate.left_unquantized()
+    shown = ", ".join(left[:SHOWN]) + (" …" if len(left) > SHOWN else "")
+    return [("left unquantized", _talk.count(len(left), "layer"), "", shown)] if left else []
+
+
+def _costs(candidate: "Candidate", comparison: "Comparison") -> list[tuple[str, ...]]:
+    ours, theirs = candidate.cost, comparison.reference_cost
+    slower = comparison.slowdown(candidate)
+    rows: list[tuple[str, ...]] = [
+        ("weights", _talk.size(ours.weight_bytes), "", f"{_talk.size(theirs.weight_bytes)} before"),
+        (
+            "per step",
+            _seconds(ours.step.value),
+            "",
+            f"{_seconds(theirs.step.value)} before: {_times(slower)}",
+        ),
+        ("loading", _seconds(ours.load.value), "", f"{_seconds(theirs.load.value)} before"),
+    ]
+    if ours.peak is not None and theirs.peak is not None:
+        rows.append(("peak memory", _talk.size(ours.peak), "", f"{_talk.size(theirs.peak)} before"))
+    return rows
+
+
+def _seconds(value: float) -> str:
+    return f"{1000 * value:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _times(slower: "Mean") -> str:
+    if slower.low is None or slower.high is None:
+        return f"{slower.value:.2f} times, from one round (--repeat 5 tells how sure that is)"
+    return f"{slower.value:.2f} times, between {slower.low:.2f} and {slower.high:.2f} (95 %)"
 
 
 def _intervals(candidate: "Candidate") -> str:

@@ -18,7 +18,9 @@ OF_THE_BASE = ("model_path", "model_id", "revision", "local_files_only")
 #: Fields of RunFlags that both sides share.
 OF_BOTH = ("device", "dtype", "lora")
 #: Options that are typed once for each value.
-REPEATED = frozenset({"lora"})
+REPEATED = frozenset({"lora", "image"})
+#: Values of flags that nobody typed; 0 is a seed.
+UNTYPED: tuple[Any, ...] = (None, "", (), {})
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -51,12 +53,8 @@ def sides(
 
 def generate_command(side: Side, request: Request) -> str:
     """The `diffquant generate` that draws what this side drew."""
-    typed = {
-        **asdict(side.model),
-        **asdict(side.run),
-        "prompt": request.prompt,
-        "seed": request.seed,
-    }
+    typed = {**asdict(side.model), **asdict(side.run), **request.typed}
+    _ = typed.pop("num_images_per_prompt", None)  # one at a time, in every comparison
     words = [word for name, value in typed.items() for word in _words(name, value)]
     return shlex.join(["diffquant", "generate", *words])
 
@@ -107,12 +105,18 @@ def _distinct(found: Sequence[Side]) -> tuple[Side, ...]:
 def _words(name: str, value: Any) -> list[str]:
     """The option of one flag; a flag that is as it is without typing gives none."""
     option = f"--{name.replace('_', '-')}"
-    if not value or name == "pinned" or value == getattr(RunFlags(), name, None):
+    if name == "pinned" or value is False or value in UNTYPED:
+        return []
+    if value == getattr(RunFlags(), name, None):
         return []
     if value is True:
         return [option]
     if isinstance(value, Mapping):
-        return [word for key, item in value.items() for word in (f"{option}.{key}", str(item))]
+        return [word for key, item in value.items() for word in (f"{option}.{key}", _text(item))]
     if name in REPEATED:
         return [word for item in value for word in (option, item)]
-    return [option, ",".join(value) if isinstance(value, tuple) else str(value)]
+    return [option, _text(value)]
+
+
+def _text(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)

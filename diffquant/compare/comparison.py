@@ -1,23 +1,21 @@
 """What a comparison found, as data: strict JSON, and a table for a model card."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import inf, isfinite, isnan
-from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffquant.compare.cost import Cost
+from diffquant.compare.cost import Cost, slowdown
 from diffquant.compare.layers import Layer, OneStep
+from diffquant.compare.means import Mean, mean
 from diffquant.compare.metrics import Distance, Likeness
 from diffquant.compare.verdict import Verdict
+from diffquant.fidelity import LEFT
 from diffquant.run import Request
-
-CONFIDENCE = 0.95
-RESAMPLES = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +23,7 @@ class Pair:
     """One prompt and seed on both sides.
 
     steps       distance of the latents after every step
+    learned     what judges say that are here, by figure: see `judges`
     flaws       what is wrong with the candidate's by itself
     frames      [F, 3, H, W] uint8 of either side, for reports
     """
@@ -37,12 +36,13 @@ class Pair:
     reference_flaws: tuple[str, ...]
     reference_frames: Tensor
     candidate_frames: Tensor
+    learned: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "prompt": self.request.prompt,
             "seed": self.request.seeds[0],
-            "picture": asdict(self.likeness),
+            "picture": {**asdict(self.likeness), **self.learned},
             "identical": bool(torch.equal(self.reference_frames, self.candidate_frames)),
             "flaws": list(self.flaws),
             "reference_flaws": list(self.reference_flaws),
@@ -51,15 +51,6 @@ class Pair:
                 for timestep, step in zip(self.timesteps, self.steps, strict=True)
             ],
         }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mean:
-    """A mean over pairs with its 95 % interval (bootstrap); no interval from a single pair."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +75,14 @@ class Candidate:
         """Of a figure over prompts and seeds."""
         return mean([of(pair) for pair in self.pairs])
 
+    def left_unquantized(self) -> list[str]:
+        """Layers whose like are quantized in most blocks."""
+        return [
+            layer.path
+            for layer in self.layers
+            if layer.weight is not None and layer.weight.suspicion == LEFT
+        ]
+
     def worst(self, of: Callable[[Layer], float | None], count: int) -> list[Layer]:
         """The layers with the largest value of a figure, the worst first."""
         known = [(value, layer) for layer in self.layers if (value := of(layer)) is not None]
@@ -105,7 +104,8 @@ class Candidate:
             },
             "figures": dict(self.figures),
             "means": {name: asdict(self.mean(of)) for name, of in MEANS.items()},
-            "cost": asdict(self.cost),
+            "left_unquantized": self.left_unquantized(),
+            "cost": _cost_json(self.cost),
             "pairs": [pair.to_json() for pair in self.pairs],
             "one_step": [
                 {"component": each.component, "step": each.step, **asdict(each.distance)}
@@ -141,8 +141,9 @@ BEHIND: Mapping[str, Callable[[Layer], float | None]] = {
 class Comparison:
     """One reference, one or more candidates.
 
-    command     that makes this comparison again
+    command     that makes this comparison again; empty where Python asked
     conditions  of the reference, which every candidate shares
+    unmeasured  figures that need what is not here, with the reason
     """
 
     reference: str
@@ -151,6 +152,7 @@ class Comparison:
     reference_truth: tuple[str, ...]
     conditions: Mapping[str, str]
     candidates: tuple[Candidate, ...]
+    unmeasured: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
     notes: tuple[str, ...] = field(default=())
 
@@ -164,6 +166,21 @@ class Comparison:
         failed = (each for each in self.candidates if not each.verdict.ok)
         return next((f"{each.name}: {each.verdict.first_failure}" for each in failed), None)
 
+    def slowdown(self, candidate: Candidate) -> Mean:
+        """Its seconds per step over the reference's, round by round."""
+        return slowdown(candidate.cost, self.reference_cost)
+
+    def against_first(self, candidate: Candidate) -> dict[str, Mean]:
+        """Figures less those of the first candidate, drawing by drawing: what the choice between the
+        two changes, with what all drawings have in common taken out."""
+        first = self.candidates[0].pairs
+        return {
+            name: mean(
+                [of(ours) - of(its) for ours, its in zip(candidate.pairs, first, strict=True)]
+            )
+            for name, of in MEANS.items()
+        }
+
     def to_json(self) -> dict[str, Any]:
         """Strict JSON values: what is infinite or no number is null (`identical` tells one case)."""
         told: dict[str, Any] = _strict(
@@ -173,16 +190,31 @@ class Comparison:
                 "command": self.command,
                 "conditions": dict(self.conditions),
                 "notes": list(self.notes),
+                "unmeasured": dict(self.unmeasured),
                 "reference": {
                     "name": self.reference,
                     "command": self.reference_command,
                     "truth": list(self.reference_truth),
-                    "cost": asdict(self.reference_cost),
+                    "cost": _cost_json(self.reference_cost),
                 },
-                "candidates": [candidate.to_json() for candidate in self.candidates],
+                "candidates": [self._candidate_json(each) for each in self.candidates],
             }
         )
         return told
+
+    def _candidate_json(self, candidate: Candidate) -> dict[str, Any]:
+        against = self.against_first(candidate)
+        return {
+            **candidate.to_json(),
+            "slowdown": asdict(self.slowdown(candidate)),
+            "against_first": {name: asdict(each) for name, each in against.items()},
+        }
+
+    def to_html(self) -> str:
+        """One page that holds everything it shows."""
+        from diffquant.compare.report import page
+
+        return page(self)
 
     def to_markdown(self) -> str:
         """The table a model card wants."""
@@ -193,29 +225,15 @@ class Comparison:
             ("---",) + ("---:",) * (len(head) - 1),
             (
                 self.reference, "reference", "", "", "", "",
-                f"{reference.weight_bytes / 1e6:.1f} MB", f"{reference.step_seconds:.3f}",
+                f"{reference.weight_bytes / 1e6:.1f} MB", f"{reference.step.value:.3f}",
             ),
             *(_markdown_row(candidate) for candidate in self.candidates),
         ]  # fmt: skip
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
         count = len(self.candidates[0].pairs)
-        return (
-            f"{table}\n\n{count} drawing{'' if count == 1 else 's'}, same noise on both sides. "
-            f"Made by `{self.command}`.\n"
-        )
-
-
-def mean(values: Sequence[float]) -> Mean:
-    """With the interval that holds 95 % of the means of resampled values."""
-    if len(values) < 2 or not all(map(isfinite, values)):
-        return Mean(value=fmean(values))
-    known = torch.tensor(values, dtype=torch.float64)
-    picks = torch.randint(
-        len(values), (RESAMPLES, len(values)), generator=torch.Generator().manual_seed(0)
-    )
-    edges = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
-    low, high = known[picks].mean(1).quantile(edges).tolist()
-    return Mean(value=fmean(values), low=low, high=high)
+        made = f" Made by `{self.command}`." if self.command else ""
+        drawings = "1 drawing" if count == 1 else f"{count} drawings"
+        return f"{table}\n\n{drawings}, same noise on both sides.{made}\n"
 
 
 def _markdown_row(candidate: Candidate) -> tuple[str, ...]:
@@ -229,8 +247,18 @@ def _markdown_row(candidate: Candidate) -> tuple[str, ...]:
         f"{found['cosine']:.5f}",
         f"{found['relative_l2']:.4f}",
         f"{candidate.cost.weight_bytes / 1e6:.1f} MB",
-        f"{candidate.cost.step_seconds:.3f}",
+        f"{candidate.cost.step.value:.3f}",
     )
+
+
+def _cost_json(cost: Cost) -> dict[str, Any]:
+    """Means with intervals and, for whoever wants another statistic, every round."""
+    return {
+        "load_seconds": {**asdict(cost.load), "rounds": list(cost.load_seconds)},
+        "step_seconds": {**asdict(cost.step), "rounds": list(cost.step_seconds)},
+        "weight_bytes": cost.weight_bytes,
+        "peak_bytes": cost.peak,
+    }
 
 
 def _strict(value: Any) -> Any:

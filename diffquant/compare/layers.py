@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from diffquant.compare.metrics import Distance, distance
 from diffquant.compare.trajectory import Call, Capture, Progress, ask, sampled
-from diffquant.fidelity import LayerFidelity, compare_plans, layer_fidelity
+from diffquant.fidelity import LEFT, LayerFidelity, compare_plans, layer_fidelity, ranked
 from diffquant.kernels import KERNELS, spec_of
 from diffquant.kernels._operator import multiplier
 from diffquant.linear import QuantLinear
@@ -164,7 +164,7 @@ def weights_answer(
     for component, plan in candidate.plans.items():
         base = _settled(reference, component, reference.plans[component])
         if _is_recoded(plan):
-            measured = tuple(_online_weights(modules[component], base))
+            measured = tuple(ranked(list(_online_weights(modules[component], base))))
         elif base.files == plan.files:
             continue
         else:
@@ -176,7 +176,7 @@ def weights_answer(
 def defects_of(weights: Mapping[str, LayerFidelity]) -> Iterator[str]:
     """Sentences about layers that were not quantized badly but read or written wrongly."""
     for path, each in weights.items():
-        if each.suspicion == "left unquantized" or not each.is_outlier():
+        if each.suspicion == LEFT or not each.is_outlier():
             continue
         lost = "" if each.fidelity is None else f": weight error {each.fidelity.relative_error:.3g}"
         said = f" ({each.suspicion})" if each.suspicion else f", {each.factor:.1f} times its like"

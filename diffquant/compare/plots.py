@@ -72,13 +72,13 @@ class Axis:
         return [each for each in found if self.low <= each * 1.0001 and each <= self.high * 1.0001]
 
 
-def lines(curves: Sequence[Line], *, x: str, y: str) -> str:
-    """Curves over a linear x and a logarithmic y; values that are not positive are left out."""
+def lines(curves: Sequence[Line], *, x: str, y: str, logarithmic: bool = True) -> str:
+    """Curves over a linear x and a mostly logarithmic y; values that are not positive are left out."""
     known = [point for curve in curves for point in curve.points if _shows(point[1])]
     if not known:
         return _nothing("no error at all: every value is zero")
     across = Axis(min(p[0] for p in known), max(p[0] for p in known), LEFT, WIDTH - RIGHT)
-    up = _decades([p[1] for p in known])
+    up = (_decades if logarithmic else _from_round_to_round)([p[1] for p in known])
     body = [*_grid(across, up, x, y, _whole), *(_curve(curve, across, up) for curve in curves)]
     return _svg(body, f"{y} over {x}")
 
@@ -195,6 +195,13 @@ def _decades(values: Sequence[float]) -> Axis:
     high = max(values) * 1.3
     low = max(min(values) / 1.3, high / 10**DECADES)
     return Axis(low, high, HEIGHT - BOTTOM, TOP, logarithmic=True)
+
+
+def _from_round_to_round(values: Sequence[float]) -> Axis:
+    """A linear axis upwards, a little wider than the values."""
+    low, high = min(values), max(values)
+    room = 0.1 * (high - low) or 1.0
+    return Axis(low - room, high + room, HEIGHT - BOTTOM, TOP)
 
 
 def _even(low: float, high: float) -> list[float]:

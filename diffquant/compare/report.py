@@ -15,6 +15,7 @@ from diffquant.compare import plots
 from diffquant.compare.comparison import BEHIND, MEANS, Candidate, Comparison, Pair
 from diffquant.compare.cost import Cost
 from diffquant.compare.layers import Layer
+from diffquant.compare.means import Mean
 from diffquant.compare.metrics import WHITE
 from diffquant.compare.verdict import FIGURES, Check
 from diffquant.plan import DENSE
@@ -27,6 +28,8 @@ RAMP = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10),
 #: The difference of which this part of the pixels stays below is shown as the largest.
 BRIGHT = 0.995
 GAINS = (1, 2, 4, 8, 16, 32, 64, 128)
+#: The figures of tiles that are means over drawings, and how MEANS calls them.
+MEAN_OF = {"psnr": "psnr_db", "ssim": "ssim", "cosine": "cosine", "relative_l2": "relative_l2"}
 HUES = 6
 WORST = 8
 
@@ -36,6 +39,7 @@ def page(comparison: Comparison) -> str:
     drawn = comparison.candidates[0].pairs
     body = [
         _head(comparison),
+        _summary(comparison),
         _tabs(comparison),
         *(_candidate(each, comparison) for each in comparison.candidates),
         _costs(comparison),
@@ -96,6 +100,49 @@ def _sentence(comparison: Comparison) -> str:
     return f'{every} {total} candidates <b class="{colour}">keep {level}</b>'
 
 
+def _summary(comparison: Comparison) -> str:
+    """One line for each of several candidates, and what choosing another than the first changes."""
+    if len(comparison.candidates) == 1:
+        return ""
+    head = "".join(
+        f'<th class="{kind}">{text}</th>'
+        for text, kind in (
+            ("", ""), ("PSNR", "number"), ("against the first", "number"), ("latents", "number"),
+            ("worst weight", "number"), ("weights", "number"), ("per step", "number"),
+        )
+    )  # fmt: skip
+    rows = "".join(_row(_summed(each, comparison)) for each in comparison.candidates)
+    return f'<div class="card table summary"><table><tr>{head}</tr>{rows}</table></div>'
+
+
+def _summed(candidate: Candidate, comparison: Comparison) -> Iterator[str]:
+    against = comparison.against_first(candidate)["psnr_db"]
+    is_first = candidate is comparison.candidates[0]
+    cost, weight = candidate.cost, candidate.figures["weight"]
+    yield f'<td class="outcome {_outcome(candidate)}">{escape(candidate.name)}</td>'
+    numbers = (
+        FIGURES["psnr"].shown(candidate.mean(MEANS["psnr_db"]).value),
+        "" if is_first else _signed(against),
+        f"{candidate.mean(MEANS['relative_l2']).value:.4f}",
+        "" if weight is None else f"{weight:.4f}",
+        _megabytes(cost.weight_bytes),
+        _seconds(cost.step.value),
+    )
+    yield from (f'<td class="number">{text}</td>' for text in numbers)
+
+
+def _signed(difference: Mean) -> str:
+    """With how sure it is, where that is known."""
+    said = f"{difference.value:+.1f} dB"
+    if difference.low is None or difference.high is None:
+        return said
+    return f"{said} <small>{_between(difference, '+.1f')}</small>"
+
+
+def _between(found: Mean, form: str) -> str:
+    return f"{found.low:{form}} to {found.high:{form}}"
+
+
 def _tabs(comparison: Comparison) -> str:
     if len(comparison.candidates) == 1:
         return ""
@@ -133,7 +180,8 @@ def _candidate(candidate: Candidate, comparison: Comparison) -> str:
         f'<div class="pairs">{pairs}</div>'
         "<h2>Where the error comes from</h2><p>Relative L2: the size of the difference over the size "
         "of the reference. 0.01 is one percent.</p>"
-        f'<div class="plots">{_trajectory(candidate)}{_depth(candidate)}</div>{_worst(candidate)}</section>'
+        f'<div class="plots">{_trajectory(candidate)}{_depth(candidate)}{_frames(candidate)}</div>'
+        f"{_worst(candidate)}{_weights(candidate)}</section>"
     )
 
 
@@ -143,14 +191,21 @@ def _tiles(candidate: Candidate, comparison: Comparison) -> Iterator[str]:
         value = candidate.figures[name]
         if value is not None:
             shown = FIGURES[name].shown(value) if isfinite(value) else _without_number(value)
-            yield _tile(FIGURES[name].title, shown, _limit(checks.get(name)))
+            below = _limit(checks.get(name)) + _interval(candidate, name)
+            yield _tile(FIGURES[name].title, shown, below)
     ours, theirs = candidate.cost, comparison.reference_cost
-    yield _tile(
-        "weights", _megabytes(ours.weight_bytes), _times(ours.weight_bytes, theirs.weight_bytes)
-    )
-    yield _tile(
-        "per step", _seconds(ours.step_seconds), _times(ours.step_seconds, theirs.step_seconds)
-    )
+    size = ours.weight_bytes / theirs.weight_bytes if theirs.weight_bytes else 1.0
+    yield _tile("weights", _megabytes(ours.weight_bytes), _times(Mean(value=size)))
+    yield _tile("per step", _seconds(ours.step.value), _times(comparison.slowdown(candidate)))
+
+
+def _interval(candidate: Candidate, figure: str) -> str:
+    """Where the mean over drawings lies, where there are several."""
+    of = MEANS.get(MEAN_OF.get(figure, ""))
+    found = None if of is None else candidate.mean(of)
+    if found is None or found.low is None or found.high is None:
+        return ""
+    return f"<small>{_between(found, f'.{FIGURES[figure].digits}f')} (95 %)</small>"
 
 
 def _without_number(value: float) -> str:
@@ -171,8 +226,11 @@ def _limit(check: Check | None) -> str:
     return f'<small class="{colour}">{mark} {sign} {check.limit:g}{escape(figure.unit)}</small>'
 
 
-def _times(ours: float, theirs: float) -> str:
-    return f"<small>{ours / theirs:.2f} × the reference</small>" if theirs else ""
+def _times(ratio: Mean) -> str:
+    said = f"<small>{ratio.value:.2f} × the reference</small>"
+    if ratio.low is None or ratio.high is None:
+        return said
+    return f"{said}<small>{_between(ratio, '.2f')} (95 %)</small>"
 
 
 # ------------------------------------------------------------------------------------------ pictures
@@ -212,11 +270,12 @@ def _figures(pair: Pair) -> Iterator[str]:
         ("MAE", f"{alike.mae:.2f}/255"),
         ("flicker", None if alike.flicker is None else f"{alike.flicker:.2f}/255"),
         ("worst frame", f"{min(alike.frames):.1f} dB" if alike.frames else None),
+        *((FIGURES[name].title, FIGURES[name].shown(said)) for name, said in pair.learned.items()),
     ]
     for name, value in named:
         if value is not None:
             yield f"<span>{name} <b>{value}</b></span>"
-    for flaw in pair.flaws:
+    for flaw in (*(f"reference: {flaw}" for flaw in pair.reference_flaws), *pair.flaws):
         yield f'<span class="bad">{escape(flaw)}</span>'
 
 
@@ -318,6 +377,23 @@ def _depth(candidate: Candidate) -> str:
     )
 
 
+def _frames(candidate: Candidate) -> str:
+    """Every frame of a video; nothing for pictures."""
+    runs = [pair.likeness.frames for pair in candidate.pairs]
+    if not all(runs):
+        return ""
+    means = [sum(values) / len(values) for values in zip(*runs, strict=True)]
+    thin = [_line("one drawing", "hue0 thin", run) for run in runs] if len(runs) > 1 else []
+    drawn = plots.lines(
+        [*thin, _line("mean", "hue0", means)], x="frame", y="PSNR, decibels", logarithmic=False
+    )
+    return _plot(
+        "Frame by frame",
+        "PSNR of every frame. Up is truer; a dip is a moment to look at.",
+        drawn,
+    )
+
+
 def _kinds(encodings: Iterable[str]) -> dict[str, str]:
     """A colour for each encoding; dense layers are grey."""
     found = dict.fromkeys(encodings)
@@ -350,19 +426,57 @@ def _legend(entries: Iterable[tuple[str, str]]) -> str:
 def _worst(candidate: Candidate) -> str:
     rows = [
         (
-            f'<td class="path"><code>{escape(layer.path)}</code></td>',
+            _path(layer),
             f"<td>{escape(layer.encoding)}</td><td>{escape(layer.choice)}</td>",
-            *(f'<td class="number">{_error(of(layer))}</td>' for of in BEHIND.values()),
+            *(_cell(_error(of(layer))) for of in BEHIND.values()),
         )
         for layer in candidate.worst(BEHIND["output"], WORST)
     ]
-    head = "<th>layer</th><th>encoding</th><th>kernel</th>" + "".join(
-        f'<th class="number">{name} error</th>' for name in BEHIND
+    heads = ("layer", "encoding", "kernel", *(f"{name} error" for name in BEHIND))
+    return _folded(f"The {len(rows)} layers with the largest output error", heads, 3, rows)
+
+
+def _weights(candidate: Candidate) -> str:
+    """What the file did to the weights: outliers first, then those left unquantized."""
+    known = [layer for layer in candidate.layers if layer.weight is not None]
+    odd = [layer for layer in known if layer.weight is not None and layer.weight.suspicion]
+    worst = candidate.worst(BEHIND["weight"], WORST)
+    chosen = list({layer.path: layer for layer in (*worst, *odd)}.values())
+    rows = [(_path(layer), *_weight_cells(layer)) for layer in chosen[: 3 * WORST]]
+    heads = ("layer", "encoding", "suspicion", "weight error", "SQNR", "times the usual")
+    return _folded("The weights that lost most, and what may have happened to them", heads, 3, rows)
+
+
+def _weight_cells(layer: Layer) -> Iterator[str]:
+    each = layer.weight
+    assert each is not None, "only layers with a figure are listed"
+    figures = each.fidelity
+    yield f"<td>{escape(layer.encoding)}</td><td>{escape(each.suspicion or '')}</td>"
+    yield _cell("" if figures is None else _error(figures.relative_error))
+    yield _cell(
+        "" if figures is None or not isfinite(figures.sqnr_db) else f"{figures.sqnr_db:.1f} dB"
+    )
+    yield _cell(f"{each.factor:.2f}")
+
+
+def _folded(title: str, heads: Sequence[str], words: int, rows: Sequence[Iterable[str]]) -> str:
+    """A table behind its title; the first `words` columns hold words, the others numbers."""
+    head = "".join(
+        f'<th class="{"" if index < words else "number"}">{name}</th>'
+        for index, name in enumerate(heads)
     )
     return (
-        f"<details><summary>The {len(rows)} layers with the largest output error</summary>"
+        f"<details><summary>{title}</summary>"
         f'<div class="card table"><table><tr>{head}</tr>{"".join(map(_row, rows))}</table></div></details>'
     )
+
+
+def _path(layer: Layer) -> str:
+    return f'<td class="path"><code>{escape(layer.path)}</code></td>'
+
+
+def _cell(text: str) -> str:
+    return f'<td class="number">{text}</td>'
 
 
 def _row(cells: Iterable[str]) -> str:
@@ -383,14 +497,22 @@ def _costs(comparison: Comparison) -> str:
     ]
     most = [max(_bars_of(cost)[i] or 0 for _, cost, _ in everyone) for i in range(4)]
     rows = "".join(_cost_row(*one, most) for one in everyone)
-    heads = ("", "seconds per step", "load", "weights", "peak memory")
+    heads = ("", "per step", "loading", "weights", "peak memory")
     head = "".join(f'<th class="{"number" if name else ""}">{name}</th>' for name in heads)
     table = f'<div class="card table"><table><tr>{head}</tr>{rows}</table></div>'
     return (
-        "<h2>What it costs, what it saves</h2><p>Steps are medians without the first of each drawing. "
-        "Peak memory is the device's, or on a CPU the whole process's, Python included.</p>"
+        f"<h2>What it costs, what it saves</h2><p>{_measured(comparison.reference_cost)} Steps are "
+        "medians without the first of each drawing. Peak memory is above what lay there before "
+        "loading: the device's, or on a CPU the whole process's.</p>"
         f"{_savings(comparison)}{table}"
     )
+
+
+def _measured(cost: Cost) -> str:
+    rounds = len(cost.step_seconds)
+    if rounds == 1:
+        return "Measured once, so nobody knows how sure it is; --repeat 5 tells."
+    return f"Measured in {rounds} rounds, the sides in turns; small numbers hold 95 % of means."
 
 
 def _savings(comparison: Comparison) -> str:
@@ -401,7 +523,7 @@ def _savings(comparison: Comparison) -> str:
         comparison, lambda cost: cost.weight_bytes / 1e6, "megabytes of weights"
     )
     seconds_plot = _against_error(
-        comparison, lambda cost: cost.step_seconds * 1000, "milliseconds per step"
+        comparison, lambda cost: cost.step.value * 1000, "milliseconds per step"
     )
     return (
         '<div class="plots stacked">'
@@ -426,16 +548,15 @@ def _against_error(comparison: Comparison, of: Callable[[Cost], float], x: str) 
 
 
 def _bars_of(cost: Cost) -> tuple[float | None, ...]:
-    return cost.step_seconds, cost.load_seconds, cost.weight_bytes, cost.peak_bytes
+    return cost.step.value, cost.load.value, cost.weight_bytes, cost.peak
 
 
 def _cost_row(name: str, cost: Cost, kind: str, most: Sequence[float]) -> str:
-    peak = "unknown" if cost.peak_bytes is None else _megabytes(cost.peak_bytes)
     shown = (
-        _seconds(cost.step_seconds),
-        _seconds(cost.load_seconds),
+        _seconds(cost.step.value) + _sure(cost.step),
+        _seconds(cost.load.value) + _sure(cost.load),
         _megabytes(cost.weight_bytes),
-        peak,
+        "unknown" if cost.peak is None else _megabytes(cost.peak),
     )
     cells = "".join(
         f'<td class="number">{text}<span class="meter"><i style="width:{100 * (value or 0) / (top or 1):.0f}%">'
@@ -443,6 +564,12 @@ def _cost_row(name: str, cost: Cost, kind: str, most: Sequence[float]) -> str:
         for text, value, top in zip(shown, _bars_of(cost), most, strict=True)
     )
     return f'<tr class="{kind}"><td>{escape(name)}</td>{cells}</tr>'
+
+
+def _sure(seconds: Mean) -> str:
+    if seconds.low is None or seconds.high is None:
+        return ""
+    return f" <small>{_seconds(seconds.low)} to {_seconds(seconds.high)}</small>"
 
 
 def _commands(comparison: Comparison) -> str:
@@ -461,12 +588,13 @@ def _commands(comparison: Comparison) -> str:
 
 
 def _conditions(comparison: Comparison) -> str:
+    absent = {f"not measured: {name}": why for name, why in comparison.unmeasured.items()}
     rows = "".join(
         f'<tr><td>{escape(name)}</td><td class="path">{escape(value)}</td></tr>'
-        for name, value in comparison.conditions.items()
+        for name, value in {**comparison.conditions, **absent}.items()
     )
     return (
-        "<details><summary>What both sides share</summary>"
+        "<details><summary>What both sides share, and what was not measured</summary>"
         f'<div class="card table"><table>{rows}</table></div></details>'
     )
 
@@ -487,4 +615,6 @@ def _megabytes(count: int) -> str:
 
 
 def _seconds(value: float) -> str:
-    return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.2f} s"
+    if value >= 1:
+        return f"{value:.2f} s"
+    return f"{value * 1000:.1f} ms" if value < 0.1 else f"{value * 1000:.0f} ms"

@@ -19,19 +19,22 @@ from diffquant.compare.layers import outputs
 from diffquant.compare.trajectory import (
     Capture,
     Progress,
+    Recorder,
     Trajectory,
     fingerprint,
     follow,
     recorded,
 )
-from diffquant.errors import RunError, UsageError
+from diffquant.errors import RunError
 from diffquant.loading import DryRun, RunFlags
 from diffquant.preset import for_model
 from diffquant.resolve import ModelFlags
 from diffquant.run import Request, fill, versions
 
 #: Conditions that make a comparison worthless where they differ; all others are only told.
-PINNED = ("pipeline", "scheduler", "attention", "cache", "dtype", "noise")
+PINNED = ("pipeline", "scheduler", "attention", "cache", "dtype", "size", "noise")
+
+UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +60,7 @@ class Loaded:
 
 def loaded(side: Side, on_progress: Progress) -> Loaded:
     """The side's pipeline; whatever was in memory and is used no more is let go first."""
-    dry = loading.dry_run(side.model, side.run)
+    dry = _settled(loading.dry_run(side.model, side.run))
     _import_classes(dry)
     _let_go()
     meter = Meter(dry.device.torch_name)
@@ -75,6 +78,18 @@ def loaded(side: Side, on_progress: Progress) -> Loaded:
         seconds=time.perf_counter() - started,
         meter=meter,
     )
+
+
+def _settled(dry: DryRun) -> DryRun:
+    """Plans and choices as they are loaded: questions that only data answers have been answered."""
+    plans = {name: loading.settled_plan(dry, name) for name in dry.plans}
+    choices = {
+        name: dry.choices[name]
+        if plan is dry.plans[name]
+        else loading.choose_all(plan, dry.device, dry.run, name)
+        for name, plan in plans.items()
+    }
+    return replace(dry, plans=plans, choices=choices)
 
 
 def _let_go() -> None:
@@ -95,12 +110,10 @@ def _import_classes(dry: DryRun) -> None:
 
 def captured(here: Loaded, requests: Sequence[Request], on_progress: Progress) -> Capture:
     """Draw every request; keep the calls of the first and a sample of every layer's output."""
-    preset = for_model(*here.dry.resolution.model_names)
-    defaults = preset.defaults if preset else {}
-    filled = [fill(request, here.pipeline, defaults) for request in requests]
+    filled = [_filled(here, request) for request in requests]
     trajectories: list[Trajectory] = []
     with recorded(here.modules) as recorder:
-        trajectories.append(_drawn(here, filled, 0, on_progress, recorder.next_step))
+        trajectories.append(_drawn(here, filled, 0, on_progress, recorder))
     trajectories += [_drawn(here, filled, i, on_progress) for i in range(1, len(filled))]
     capture = Capture(
         name=here.side.name,
@@ -108,40 +121,55 @@ def captured(here: Loaded, requests: Sequence[Request], on_progress: Progress) -
         conditions={},
         cost=_cost(here, trajectories),
         trajectories=tuple(trajectories),
+        base=digests(here.dry),
         calls=tuple(recorder.calls),
         blobs=recorder.blobs,
     )
     return replace(
         capture,
-        conditions=conditions(here, capture),
+        conditions={**standing(here), **_of_drawing(capture)},
         layers=outputs(here.modules, capture.middle_calls(), capture.blobs),
     )
 
 
-def conditions(here: Loaded, capture: Capture) -> dict[str, str]:
-    """What both sides must share, or what a reader should know differs."""
-    pipeline = here.pipeline
+def measured(side: Side, request: Request, on_progress: Progress) -> Cost:
+    """One more round: loaded, drawn with and let go, watched by nobody."""
+    here = loaded(side, on_progress)
+    return _cost(here, [_drawn(here, [_filled(here, request)], 0, on_progress)])
+
+
+def digests(dry: DryRun) -> dict[str, str]:
+    """What tells a model from another by headers: the digest of each component's plan."""
+    return {name: plan.digest for name, plan in dry.plans.items()}
+
+
+def standing(here: Loaded) -> dict[str, str]:
+    """What both sides must share, or what a reader should know differs, as far as it is known
+    before anything is drawn."""
+    pipeline, report = here.pipeline, loading.report(here.pipeline)
     scheduler = pipeline.scheduler
-    first = capture.trajectories[0].request
-    report = loading.report(pipeline)
     return {
         "pipeline": type(pipeline).__name__,
         "scheduler": f"{type(scheduler).__name__} {_digest(dict(scheduler.config))}",
         "attention": ", ".join(sorted(_attention(here.modules))) or "none",
         "cache": ", ".join(sorted(_caches(here.modules))) or "none",
         "dtype": report.dtype,
-        "noise": _noise(capture),
-        "prompt embeddings": _embeddings(capture),
-        "size": f"{first.width}x{first.height}",
         "device": report.device,
         **versions(),
     }
 
 
+def require_fair(reference: Mapping[str, str], here: Loaded) -> None:
+    """Raises RunError, before minutes are spent on drawing, where a pinned condition differs."""
+    known = standing(here)
+    # What is only told is told after drawing, with everything else.
+    _ = list(unfair({name: reference.get(name, UNKNOWN) for name in known}, known))
+
+
 def unfair(reference: Mapping[str, str], candidate: Mapping[str, str]) -> Iterator[str]:
     """Conditions that differ though they should not; raises RunError for one that is pinned."""
     for name in sorted(reference.keys() | candidate.keys()):
-        left, right = reference.get(name, "unknown"), candidate.get(name, "unknown")
+        left, right = reference.get(name, UNKNOWN), candidate.get(name, UNKNOWN)
         if left == right:
             continue
         if name in PINNED:
@@ -154,23 +182,13 @@ def unfair(reference: Mapping[str, str], candidate: Mapping[str, str]) -> Iterat
 
 
 HINTS = {
+    "size": "--width, --height and --num-frames are for both sides",
+    "attention": "DIFFUSERS_ATTN_BACKEND has to be the same when a reference is captured and used",
     "dtype": "--dtype is for both sides",
     "scheduler": "--reference-component-path scheduler=SOURCE",
     "noise": "the same --seed, --width and --height; a saved reference is of its own device",
     "pipeline": "both sides need the same base pipeline",
 }
-
-
-def same_request(captured: Request, typed: Request) -> Request:
-    """The captured request, where nothing typed contradicts it. Raises UsageError otherwise."""
-    for name, value in typed.typed.items():
-        there = getattr(captured, name)
-        if there != value:
-            raise UsageError(
-                f"the saved reference was drawn with {name.replace('_', ' ')} {there!r}, not {value!r}",
-                hint="leave it out, or capture the reference again with --save-reference",
-            )
-    return captured
 
 
 # ---------------------------------------------------------------------------------------- conditions
@@ -181,7 +199,7 @@ def _drawn(
     requests: Sequence[Request],
     index: int,
     on_progress: Progress,
-    also: Any = None,
+    recorder: Recorder | None = None,
 ) -> Trajectory:
     request = requests[index]
     steps = request.num_inference_steps or 0
@@ -190,18 +208,24 @@ def _drawn(
 
     def on_step(step: int) -> None:
         on_progress(title, step + 1, steps)
-        if also is not None:
-            also(step)
+        if recorder is not None:
+            recorder.step = step + 1
 
-    return follow(here.pipeline, request, on_step)
+    aside = (lambda: 0.0) if recorder is None else (lambda: recorder.seconds)
+    return follow(here.pipeline, request, on_step, aside)
+
+
+def _filled(here: Loaded, request: Request) -> Request:
+    preset = for_model(*here.dry.resolution.model_names)
+    return fill(request, here.pipeline, preset.defaults if preset else {})
 
 
 def _cost(here: Loaded, trajectories: Sequence[Trajectory]) -> Cost:
     later = [seconds for each in trajectories for seconds in each.step_seconds[1:]]
     first = [seconds for each in trajectories for seconds in each.step_seconds]
     return Cost(
-        load_seconds=here.seconds,
-        step_seconds=median(later or first),
+        load_seconds=(here.seconds,),
+        step_seconds=(median(later or first),),
         weight_bytes=weight_bytes(here.modules.values()),
         peak_bytes=here.meter.peak(),
     )
@@ -209,20 +233,31 @@ def _cost(here: Loaded, trajectories: Sequence[Trajectory]) -> Cost:
 
 def _attention(modules: Mapping[str, nn.Module]) -> set[str]:
     return {
-        " ".join(filter(None, (type(processor).__name__, _backend(processor))))
+        f"{type(processor).__name__} {_backend(processor)}"
         for module in modules.values()
         for processor in getattr(module, "attn_processors", {}).values()
     }
 
 
-def _backend(processor: Any) -> str | None:
-    """The attention backend diffusers was told to use; None for torch's own."""
-    chosen = getattr(processor, "_attention_backend", None)
-    return None if chosen is None else str(getattr(chosen, "value", chosen))
+def _backend(processor: Any) -> str:
+    """The attention backend of the processor's own, else the one diffusers uses for all, which
+    DIFFUSERS_ATTN_BACKEND may have named."""
+    everywhere = import_module("diffusers.models.attention_dispatch")._AttentionBackendRegistry
+    chosen = getattr(processor, "_attention_backend", None) or everywhere._active_backend
+    return str(getattr(chosen, "value", chosen))
 
 
 def _caches(modules: Mapping[str, nn.Module]) -> set[str]:
     return {name for name, module in modules.items() if getattr(module, "is_cache_enabled", False)}
+
+
+def _of_drawing(capture: Capture) -> dict[str, str]:
+    count, _, height, width = capture.trajectories[0].frames.shape
+    return {
+        "noise": _noise(capture),
+        "prompt embeddings": _embeddings(capture),
+        "size": f"{width}x{height}" + (f", {count} frames" if count > 1 else ""),
+    }
 
 
 def _noise(capture: Capture) -> str:

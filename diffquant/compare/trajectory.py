@@ -15,6 +15,7 @@ import hashlib
 import inspect
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -30,7 +31,7 @@ from diffquant.errors import RunError, UsageError
 from diffquant.run import Request, draw
 
 METADATA_KEY = "diffquant.capture"
-VERSION = "1"
+VERSION = "2"
 STEP_ENDED = "callback_on_step_end"
 #: Values of each layer's output that a capture keeps.
 SAMPLE = 4096
@@ -74,6 +75,7 @@ class Capture:
     """One side, without its modules.
 
     conditions  what has to be equal for a comparison to be fair, by name
+    base        digest of each component's plan, to know the model again
     """
 
     name: str
@@ -81,6 +83,7 @@ class Capture:
     conditions: Mapping[str, str]
     cost: Cost
     trajectories: tuple[Trajectory, ...]
+    base: Mapping[str, str] = field(default_factory=dict)
     calls: tuple[Call, ...] = ()
     blobs: Mapping[str, Tensor] = field(default_factory=dict)
     layers: Mapping[str, Tensor] = field(default_factory=dict)
@@ -97,8 +100,15 @@ class Capture:
         return tuple(calls[len(calls) // 2] for calls in by_component.values())
 
 
-def follow(pipeline: Any, request: Request, on_step: Callable[[int], None]) -> Trajectory:
+def follow(
+    pipeline: Any,
+    request: Request,
+    on_step: Callable[[int], None],
+    aside: Callable[[], float] = lambda: 0.0,
+) -> Trajectory:
     """Run the pipeline for one seed and keep what it passed through.
+
+    aside  seconds spent so far on watching, which are not the pipeline's
 
     Raises UsageError for a pipeline that does not tell when a step ends.
     """
@@ -106,7 +116,7 @@ def follow(pipeline: Any, request: Request, on_step: Callable[[int], None]) -> T
         raise UsageError(
             f"a {type(pipeline).__name__} does not tell when a step ends ({STEP_ENDED})"
         )
-    watch = _Watch(on_step)
+    watch = _Watch(on_step, aside)
     started = time.perf_counter()
     pixels = draw(pipeline, request, watch)
     seconds = time.perf_counter() - started
@@ -138,18 +148,21 @@ def recorded(modules: Mapping[str, nn.Module]) -> Iterator["Recorder"]:
 
 
 class Recorder:
-    """Calls, and the distinct tensors in them, on the CPU."""
+    """Calls, and the distinct tensors in them, on the CPU; `seconds` is what keeping them took."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.blobs: dict[str, Tensor] = {}
         self.step = 0
+        self.seconds = 0.0
         self._names: dict[tuple[Any, ...], str] = {}
 
     def hook(self, component: str) -> Callable[..., None]:
         def record(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> None:
+            _finished()
+            started = time.perf_counter()
             self.calls.append(
                 Call(
                     component=component,
@@ -158,11 +171,9 @@ class Recorder:
                     output=self._kept(answer(output)),
                 )
             )
+            self.seconds += time.perf_counter() - started
 
         return record
-
-    def next_step(self, _: int) -> None:
-        self.step += 1
 
     def _packed(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -221,19 +232,20 @@ def sampled(tensor: Tensor) -> Tensor:
 class _Watch:
     """Called by the pipeline after every step."""
 
-    def __init__(self, on_step: Callable[[int], None]) -> None:
+    def __init__(self, on_step: Callable[[int], None], aside: Callable[[], float]) -> None:
         self.on_step = on_step
+        self.aside = aside
         self.latents: list[Tensor] = []
         self.timesteps: list[float] = []
         self.seconds: list[float] = []
-        self._last = time.perf_counter()
+        self._last = time.perf_counter() - aside()
 
     def __call__(
         self, pipeline: Any, step: int, timestep: Any, values: dict[str, Any]
     ) -> dict[str, Any]:
         self.latents.append(values["latents"].detach().to("cpu", copy=True))
         self.timesteps.append(float(timestep))
-        now = time.perf_counter()
+        now = time.perf_counter() - self.aside()
         self.seconds.append(now - self._last)
         self._last = now
         self.on_step(step)
@@ -248,8 +260,23 @@ def _flaws(latents: Sequence[Tensor], pixels: Tensor, frames: Tensor) -> Iterato
     elif not pixels.isfinite().all():
         yield "pixels are not finite"
     else:
-        found = (flaw(frame) for frame in frames)
-        yield from {f"the picture is {each}" for each in found if each is not None}
+        found = Counter(each for each in map(flaw, frames) if each is not None)
+        # Videos may begin in black: what most frames show is what the video is.
+        for each, count in found.items():
+            if 2 * count > len(frames):
+                yield f"{_shown(count, len(frames))} {each}"
+
+
+def _shown(count: int, of: int) -> str:
+    if of == 1:
+        return "the picture is"
+    return "every frame is" if count == of else f"{count} of {of} frames are"
+
+
+def _finished() -> None:
+    """Wait for the accelerator, whose work would count as ours."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def _unpacked(packed: Any, blobs: Mapping[str, Tensor], device: torch.device) -> Any:
@@ -282,11 +309,17 @@ def save(capture: Capture, path: Path) -> None:
         "truth_lines": capture.truth_lines,
         "conditions": dict(capture.conditions),
         "cost": asdict(capture.cost),
+        "base": dict(capture.base),
         "trajectories": [_told(each) for each in capture.trajectories],
         "calls": [asdict(call) for call in capture.calls],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={METADATA_KEY: json.dumps(told)})
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(told)})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Capture:
@@ -307,11 +340,18 @@ def read(path: Path) -> Capture:
             hint="diffquant compare --save-reference FILE writes one",
         )
     told = json.loads(text)
+    if told["version"] != VERSION:
+        raise UsageError(
+            f"{str(path)!r} was captured by another version of diffquant "
+            f"(form {told['version']}, this one reads {VERSION})",
+            hint="diffquant compare --save-reference FILE captures it again",
+        )
     return Capture(
         name=told["name"],
         truth_lines=tuple(told["truth_lines"]),
         conditions=told["conditions"],
-        cost=Cost(**told["cost"]),
+        cost=Cost(**{name: _as_typed(item) for name, item in told["cost"].items()}),
+        base=told["base"],
         trajectories=tuple(
             _trajectory(each, index, tensors) for index, each in enumerate(told["trajectories"])
         ),

@@ -40,6 +40,8 @@ FIGURES: Mapping[str, Figure] = {
     "ssim": Figure(title="SSIM", higher=True, digits=4),
     "ms_ssim": Figure(title="MS-SSIM", higher=True, digits=4),
     "flicker": Figure(title="flicker", unit="/255", digits=2),
+    "lpips": Figure(title="LPIPS", digits=4),
+    "image_reward": Figure(title="ImageReward gained", higher=True, digits=3),
 }
 #: Limits by level. PSNR in decibels, MAE in 8-bit steps, the last two of the final latents.
 LEVELS: Mapping[str, Mapping[str, float]] = {
