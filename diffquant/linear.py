@@ -79,7 +79,7 @@ class QuantLinear(nn.Linear):
         smoothed = [self._smoothed(index, rows_MK) for index in range(len(self.terms))]
         y_MN = self._product(smoothed)
         if self.bias is not None:
-            y_MN = y_MN + self.bias.to(y_MN.dtype)
+            y_MN += self.bias.to(y_MN.dtype)
         y_MN = self._with_lowrank(y_MN.to(input.dtype), rows_MK, smoothed)
         return y_MN.reshape(*input.shape[:-1], self.out_features)
 

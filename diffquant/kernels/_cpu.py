@@ -1,17 +1,17 @@
 """What the portable CPU kernels share: decode some rows of the weight, multiply, and go on.
 
-Rows are decoded into a buffer that is reused, one per thread, name and size: a fresh 75 MB tensor
+Rows are decoded into a buffer that is reused, one per thread, name and dtype: a fresh 75 MB tensor
 per call costs ten times its decoding in page faults. bfloat16 inputs multiply in bfloat16; all
-others in float32. Scales of rows and of the whole weight are applied to the product, in one step.
+others in float32. Scales of rows and of the whole weight are applied to the product of each chunk
+while it is in the cache; each number is rounded once there.
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from diffquant.encodings import ENCODINGS
 from diffquant.kernels import Spec
-from diffquant.plan import Encoding, Role
+from diffquant.plan import Role
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,16 +22,20 @@ if TYPE_CHECKING:
     #: parts, rows, compute dtype -> those rows of the weight but for its outer scales [n, K]; valid
     #: until this thread's next call
     Decode = Callable[[Parts, slice, Dtype], Tensor]
-    #: parts -> what the product is to be multiplied with, () or [N]; None for nothing
-    Outer = Callable[[Parts], Tensor | None]
+    #: parts, rows -> what the product of those rows is to be multiplied with, () or [n]; None: nothing
+    Outer = Callable[[Parts, slice], Tensor | None]
+    #: x [M, K] -> its columns in the order in which `Decode` gives them
+    Order = Callable[[Tensor], Tensor]
 
-#: Values per decoded chunk: 3 MB of bfloat16, which stays in a second-level cache.
-CHUNK = 512 * 3072
+#: Values per decoded chunk: 1.5 MB of bfloat16, which two cores hold in their second-level caches.
+CHUNK = 256 * 3072
 
 _scratch = threading.local()
 
 
-def by_rows(spec: Spec, decode: "Decode", outer: "Outer") -> "Multiply":
+def by_rows(
+    spec: Spec, decode: "Decode", outer: "Outer", *, order: "Order | None" = None
+) -> "Multiply":
     """x [M, K] times a weight that `decode` makes chunk by chunk, times its outer scale."""
     import torch
 
@@ -41,65 +45,52 @@ def by_rows(spec: Spec, decode: "Decode", outer: "Outer") -> "Multiply":
     def multiply(x_MK: "Tensor", parts: "Parts") -> "Tensor":
         wide = x_MK if x_MK.dtype == torch.bfloat16 else x_MK.float()
         y_MN = wide.new_empty(wide.shape[0], n)
+        wide = wide if order is None else order(wide)
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
-            # A strided slice is no legal out=; the product of one chunk is small.
-            y_MN[:, rows] = wide @ decode(parts, rows, wide.dtype).T
-        scale = outer(parts)
-        if scale is not None:
-            y_MN.mul_(scale)
+            chunk, scale = decode(parts, rows, wide.dtype).T, outer(parts, rows)
+            if scale is None:
+                torch.mm(wide, chunk, out=y_MN[:, rows])
+            else:
+                product = buffer("product", wide.shape[0] * chunk.shape[1], wide.dtype)
+                product = torch.mm(wide, chunk, out=product.view(wide.shape[0], -1))
+                torch.mul(product, scale, out=y_MN[:, rows])
         return y_MN.to(x_MK.dtype)
 
     return multiply
 
 
-def outer_scale(parts: "Parts") -> "Tensor | None":
-    """Channel and tensor scale in float32 as one: the product is rounded once. () or [N]."""
-    scale = None
-    for role in (Role.TENSOR_SCALE, Role.CHANNEL_SCALE):
-        if role in parts:
-            found = parts[role].float().squeeze()
-            scale = found if scale is None else scale * found
-    return scale
-
-
-def byte_pairs(encoding: Encoding, ones: "Mapping[Role, Tensor]") -> "Tensor":
-    """int32 [256]: the two bfloat16 values of every byte of 4-bit codes, as the codec reads them.
-
-    ones  scales that mean one, for 256 rows of two columns
-    """
-    import torch
-
-    codes = torch.arange(256, dtype=torch.uint8)[:, None]
-    values = ENCODINGS.load(encoding.name).decode({Role.CODES: codes, **ones}, encoding, (256, 2))
-    return values.to(torch.bfloat16).view(torch.int32).reshape(256)
-
-
-def paired(codes: "Tensor", pairs: "Tensor", columns: int, dtype: "Dtype") -> "Tensor":
-    """Exact values [n, K] of packed codes [n, ceil(K / 2)]."""
-    import torch
-
-    count = codes.numel()
-    index = buffer("index", count, torch.int32).copy_(codes.reshape(-1).view(torch.uint8))
-    found = buffer("pairs", count, torch.int32)
-    torch.index_select(pairs, 0, index, out=found)
-    values = found.view(torch.bfloat16).view(len(codes), -1)[:, :columns]
-    return values if dtype == torch.bfloat16 else values.to(dtype)
+def outer_scale(parts: "Parts", rows: slice) -> "Tensor | None":
+    """Channel and tensor scale in float32 as one: the product is rounded once. () or [n]."""
+    tensor, channel = parts.get(Role.TENSOR_SCALE), parts.get(Role.CHANNEL_SCALE)
+    whole = None if tensor is None else tensor.float().reshape(())
+    if channel is None:
+        return whole
+    each = channel.reshape(-1)[rows].float()
+    return each if whole is None else each * whole
 
 
 def e4m3(codes: "Tensor", dtype: "Dtype") -> "Tensor":
-    """Exact values [n, K] of e4m3 bytes, by integer shifts.
+    """Exact values [n, K] of e4m3 bytes, by integer arithmetic."""
+    import torch
+
+    values = e4m3_small(codes).mul_(2.0**120)
+    return values if dtype == torch.bfloat16 else values.to(dtype)
+
+
+def e4m3_small(codes: "Tensor", name: str = "bits") -> "Tensor":
+    """e4m3 bytes as bfloat16, 2^-120 of what they mean.
 
     A byte s eeee mmm becomes the bfloat16 number s 0000eeee mmm0000 by a sign-extending widening, a
-    shift by 4 and a mask. That is 2^-120 of what was meant, because the exponent biases are 7 and
-    127, and one exact multiplication mends it, subnormals included. NaN bytes decode to 480.
+    shift by 4 (a product with 16 is the faster one) and a mask. That is 2^-120 of what was meant,
+    because the exponent biases are 7 and 127, and an exact multiplication by the caller mends it,
+    subnormals included. NaN bytes decode to 480.
     """
     import torch
 
-    bits = buffer("bits", codes.numel(), torch.int16).view(codes.shape)
-    bits.copy_(codes.view(torch.int8)).bitwise_left_shift_(4).bitwise_and_(-30736)  # 0x87F0
-    values = bits.view(torch.bfloat16).mul_(2.0**120)
-    return values if dtype == torch.bfloat16 else values.to(dtype)
+    bits = buffer(name, codes.numel(), torch.int16).view(codes.shape)
+    bits.copy_(codes.view(torch.int8)).mul_(16).bitwise_and_(-30736)  # 0x87F0
+    return bits.view(torch.bfloat16)
 
 
 def whole(codes: "Tensor", dtype: "Dtype") -> "Tensor":
@@ -141,13 +132,35 @@ def blocked(
     return grouped(chunk, scale[numbers], cell[1])
 
 
-def powers(scale: "Tensor", dtype: "Dtype") -> "Tensor":
-    """E8M0 bytes as numbers: 2^(b - 127), 255 is NaN."""
+def largest_power(scale: "Tensor") -> int:
+    """The largest E8M0 byte b among these, by which `powers` is relative.
+
+    A NaN scale, byte 255, makes the product infinite or NaN and not only its group, so that the run
+    stops there as it must.
+    """
     import torch
 
-    table = torch.ldexp(torch.ones(256), torch.arange(256) - 127)
-    table[255] = torch.nan
-    return table.to(dtype)[scale.view(torch.uint8).int()]
+    return int(scale.view(torch.uint8).max()) if scale.numel() else 127
+
+
+def powers(scale: "Tensor", largest: int, exponent: int) -> "Tensor":
+    """E8M0 bytes b [n, G] as bfloat16 2^(b - largest + exponent), with exponent <= 127.
+
+    A byte shifted to where bfloat16 keeps its exponent is the number. What would be below the
+    smallest normal number is 0: less than 2^-120 of the largest.
+    """
+    import torch
+
+    bits = buffer("powers", scale.numel(), torch.int16).view(scale.shape)
+    bits.copy_(scale.view(torch.uint8)).add_(127 + exponent - largest).clamp_(min=0).mul_(128)
+    return bits.view(torch.bfloat16)
+
+
+def power_of_two(exponent: int) -> "Tensor":
+    """2^exponent as float32 ()."""
+    import torch
+
+    return torch.ldexp(torch.ones(()), torch.tensor(exponent))
 
 
 def buffer(name: str, size: int, dtype: "Dtype") -> "Tensor":

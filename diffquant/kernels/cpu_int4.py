@@ -1,5 +1,7 @@
-"""INT4 weights on a CPU: a byte is looked up as two bfloat16 numbers, times its group's scale.
+"""INT4 weights on a CPU: codes to numbers by integer shifts, times their group's bfloat16 scale.
 
+Where K does not divide into groups, where scales are wider than bfloat16, or where there is a zero
+point, a byte is looked up as two numbers.
 Where there is a zero point a chunk is made in float32 and rounded once: with Nunchaku's, which is
 added to the scaled code, the two terms are larger than their sum.
 """
@@ -7,7 +9,15 @@ added to the scaled code, the two terms are larger than their sum.
 from typing import TYPE_CHECKING
 
 from diffquant.kernels import Kernel, Needs, Spec
-from diffquant.kernels._cpu import by_rows, byte_pairs, grouped, outer_scale, paired, shifted
+from diffquant.kernels._cpu import by_rows, grouped, outer_scale, shifted
+from diffquant.kernels._cpu_nibbles import (
+    by_planes,
+    byte_pairs,
+    int4_planes,
+    paired,
+    planes_of,
+    scaled_planes,
+)
 from diffquant.plan import Role
 
 if TYPE_CHECKING:
@@ -20,8 +30,36 @@ if TYPE_CHECKING:
 def _build(spec: Spec) -> "Multiply":
     import torch
 
+    k, named = spec.shape_NK[1], int(spec.encoding.option("group", "0"))
+    by_words, by_bytes = _words(spec, named), _bytes(spec, named)
+    whole = spec.encoding.option("signed", "true") != "offset" and Role.ZERO_POINT not in spec.roles
+
+    def multiply(x_MK: "Tensor", parts: "Parts") -> "Tensor":
+        scale = parts.get(Role.BLOCK_SCALE)
+        # Wider scales than bfloat16 would be rounded, and all of a group the same way.
+        fits = whole and scale is not None and scale.dtype == torch.bfloat16
+        if scale is None or not fits or not by_planes(k, named or k // scale.shape[1]):
+            return by_bytes(x_MK, parts)
+        return by_words(x_MK, parts)
+
+    return multiply
+
+
+def _words(spec: Spec, named: int) -> "Multiply":
+    k, signed = spec.shape_NK[1], spec.encoding.option("signed", "true") == "true"
+
+    def decode(parts: "Parts", rows: slice, dtype: "Dtype") -> "Tensor":
+        scale = parts[Role.BLOCK_SCALE][rows]
+        owned = scale[:, : k // named] if named else scale
+        return scaled_planes(int4_planes(parts[Role.CODES][rows], signed, dtype), owned)
+
+    return by_rows(spec, decode, outer_scale, order=planes_of)
+
+
+def _bytes(spec: Spec, named: int) -> "Multiply":
+    import torch
+
     n, k = spec.shape_NK
-    named = int(spec.encoding.option("group", "0"))
     pairs = byte_pairs(spec.encoding, {Role.BLOCK_SCALE: torch.ones(256, 1)})
     added = spec.encoding.option("zero", "integer") == "scaled"
     exact = Role.ZERO_POINT in spec.roles
@@ -40,7 +78,10 @@ def _build(spec: Spec) -> "Multiply":
             shifted(chunk, held[Role.ZERO_POINT].float(), rows, n)
         return chunk.to(dtype)
 
-    return by_rows(spec, decode, (lambda parts: None) if exact else outer_scale)
+    def outer(parts: "Parts", rows: slice) -> "Tensor | None":
+        return None if exact else outer_scale(parts, rows)
+
+    return by_rows(spec, decode, outer)
 
 
 def _trimmed(parts: "Parts", columns: int, group: int) -> "Parts":
