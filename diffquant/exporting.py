@@ -35,10 +35,10 @@ from diffquant.plan import (
     Role,
     Span,
 )
-from diffquant.recode import Encoder, encoded
+from diffquant.recode import Encoder, sketched
 from diffquant.sources import Checkpoint
-from diffquant.tensors import DTYPES, Weights
-from diffquant.writing import GIB, Declared, Progress, write, write_file
+from diffquant.tensors import DTYPES, Passing, Weights
+from diffquant.writing import GIB, Check, Declared, Progress, write, write_file
 
 Member = tuple[str, int]
 Take = tuple[Span, ...]
@@ -88,7 +88,7 @@ def prepare(plan: Plan, format_name: str, *, export: Export | None = None) -> Pr
     if plan.open:
         raise FormatError(f"{plan.open[0].topic} is open: {plan.open[0].why}")
     export = export or _export(plan, format_name)
-    weights = Weights([Path(file.path) for file in plan.files])
+    weights = Passing([Path(file.path) for file in plan.files])
     shapes = _Parts(plan, _Shapes(weights))
     sketches = tuple(_sketches(plan, export, shapes))
     read = _read_back(plan, format_name, export, sketches)
@@ -112,9 +112,12 @@ def save(
     origin: str = "",
     max_shard_size: int = 10 * GIB,
     overwrite: bool = False,
+    check: Check | None = None,
     on_progress: Progress | None = None,
 ) -> tuple[Path, ...]:
     """Write what was prepared: a component folder, or one file where the dialect is one.
+
+    check  called with the files before they get their names; what it raises removes them
 
     Raises ConvertError when the output is in the way or of the wrong kind.
     """
@@ -126,7 +129,16 @@ def save(
                 hint=f"{output / 'transformer.safetensors'}",
             )
         metadata = {"format": "pt", **export.metadata}
-        return (write_file(output, prepared.tensors, metadata=metadata, overwrite=overwrite),)
+        path = write_file(
+            output,
+            prepared.tensors,
+            origin=origin,
+            metadata=metadata,
+            overwrite=overwrite,
+            check=check,
+            on_progress=on_progress,
+        )
+        return (path,)
     done = write(
         output,
         prepared.tensors,
@@ -135,6 +147,7 @@ def save(
         metadata=export.metadata,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
+        check=check,
         on_progress=on_progress,
     )
     return done.shards
@@ -193,8 +206,8 @@ class _Parts:
         if not self.has(member, role):
             return None
         piece = self.piece(member)
-        if piece.recode is not None and role is not Role.BIAS:
-            return self._made(member, piece, piece.recode)[role]
+        if piece.recode is not None and role in piece.recode.roles:
+            return self._made(member, piece)[role]
         alone = replace(piece, parts=tuple(part for part in piece.parts if part.role is role))
         if role is Role.BLOCK_SCALE and piece.take:
             self._require_rows(member, alone)
@@ -204,18 +217,20 @@ class _Parts:
         """Whether both pieces have the same part; of parts yet to be made, whether they will."""
         recodes = [self.piece(member).recode for member in (one, other)]
         if any(recode is not None and role in recode.roles for recode in recodes):
-            keys = {None if recode is None else recode.shared_amax for recode in recodes}
-            return role is Role.TENSOR_SCALE and len(keys) == 1 and None not in keys
+            keys = {None if recode is None else _shared(recode, role) for recode in recodes}
+            return len(keys) == 1 and None not in keys
         if self.piece(one).part(role) == self.piece(other).part(role):
             return True
         first, second = self.get(one, role), self.get(other, role)
         return first is not None and second is not None and torch.equal(first, second)
 
-    def _made(self, member: Member, piece: Piece, recode: Recode) -> dict[Role, Tensor]:
+    def _made(self, member: Member, piece: Piece) -> dict[Role, Tensor]:
         if member not in self._encoded:
-            held = canonical(piece, self.weights)
-            made = _sketched(piece, held, recode) if isinstance(self.weights, _Shapes) else None
-            self._encoded = {member: made or self._encoder.parts(piece, held)}
+            if isinstance(self.weights, _Shapes):
+                made = sketched(piece)
+            else:
+                made = self._encoder.parts(piece, canonical(piece, self.weights))
+            self._encoded = {member: made}
         return self._encoded[member]
 
     def _require_rows(self, member: Member, alone: Piece) -> None:
@@ -228,19 +243,10 @@ class _Parts:
             )
 
 
-def _sketched(piece: Piece, held: dict[Role, Tensor], recode: Recode) -> dict[Role, Tensor]:
-    """Shapes and dtypes of what a recode makes, computed without data."""
-    n, k = len(piece.out), len(piece.cols)
-    weight = held[Role.CODES] if piece.encoding == DENSE else torch.empty(n, k, device="meta")
-    rank = recode.rank
-    if rank is None:
-        return encoded(weight, recode)
-    made = encoded(weight.float(), replace(recode, rank=None))
-    rank = min(rank, n, k)
-    low = {"dtype": torch.bfloat16, "device": "meta"}
-    made[Role.LOWRANK_UP] = torch.empty(n, rank, **low)  # type: ignore[call-overload]
-    made[Role.LOWRANK_DOWN] = torch.empty(rank, k, **low)  # type: ignore[call-overload]
-    return made
+def _shared(recode: Recode, role: Role) -> str | None:
+    """The key of what makes a part that has no rows; siblings with one key have one such part."""
+    keys = {Role.TENSOR_SCALE: recode.shared_amax, Role.INPUT_SCALE: str(recode.input_amax)}
+    return keys.get(role, recode.fused)
 
 
 # stored tensors --------------------------------------------------------------------------------------
@@ -267,6 +273,8 @@ def _sketches(plan: Plan, export: Export, parts: _Parts) -> Iterator[_Sketch]:
             yield _Sketch(part.tensor, _stored(layer, part, parts, None), part.dtype)
     for name, rows in export.plain.items():
         yield _Sketch(name, _plain(plan, rows, parts, None))
+    for name, numbers in export.constants.items():
+        yield _Sketch(name, torch.tensor(numbers))
 
 
 def _declared(
@@ -283,6 +291,7 @@ def _declared(
     makers |= {
         name: partial(_plain, plan, rows, parts, plain) for name, rows in export.plain.items()
     }
+    makers |= {name: partial(torch.tensor, numbers) for name, numbers in export.constants.items()}
     for sketch in sketches:
         header = sketch.header
         yield Declared(header.name, header.dtype, header.shape, makers[header.name])

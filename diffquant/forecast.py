@@ -109,6 +109,9 @@ def _encoded_bytes(piece: Piece, recode: Recode) -> int:
         Role.CHANNEL_SCALE: 4 * n,
         Role.TENSOR_SCALE: 4,
         Role.OUTER_SCALE: 4 * n * -(-k // (recode.group or k)),
+        Role.ZERO_POINT: block * COMPUTE_BYTES,
+        Role.SMOOTH: COMPUTE_BYTES * k,
+        Role.BIAS: COMPUTE_BYTES * n,
         Role.LOWRANK_UP: COMPUTE_BYTES * n * rank,
         Role.LOWRANK_DOWN: COMPUTE_BYTES * k * rank,
     }

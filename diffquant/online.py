@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffquant import patterns, preset
+from diffquant.encodings import ENCODINGS
 from diffquant.errors import UsageError
 from diffquant.families import FAMILIES, Family
-from diffquant.plan import DENSE, LayerPlan, Piece, Plan
+from diffquant.formats import FORMATS
+from diffquant.plan import DENSE, Activation, LayerPlan, Piece, Plan, Recode, Role
 from diffquant.schemes import SCHEMES, Scheme
 
 #: Values of --quantization-scope.
@@ -31,6 +33,7 @@ class Online:
     scope         one of SCOPES
     quantize_all  also layers that the family or a preset calls sensitive
     requantize    also layers that are quantized already
+    preset        a preset's name or TOML file, in the place of the one the family has
     """
 
     scheme: str
@@ -38,6 +41,7 @@ class Online:
     scope: str = "all"
     quantize_all: bool = False
     requantize: bool = False
+    preset: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,23 +55,79 @@ class Stay:
         return f"{self.rule} ({self.reason})" if self.reason else self.rule
 
 
-def requantized(plan: Plan, online: Online) -> Plan:
+#: No layers.
+NOTHING: Mapping[str, Stay] = {}
+
+
+def requantized(plan: Plan, online: Online, *, keep: Mapping[str, Stay] = NOTHING) -> Plan:
     """The plan with every layer the wish reaches quantized to its scheme.
+
+    keep  layers that stay whatever the wish says, and why
 
     Raises UsageError for an ignored pattern that hits no linear, for a scope the family does not
     know, and where no layer is left; PresetError for a preset that does not fit the model.
     """
     scheme, family = SCHEMES.load(online.scheme), FAMILIES.load(plan.family)
-    stays = _stays(plan, scheme, family, online)
-    shared = _siblings(family, [layer.path for layer in plan.layers if layer.path not in stays])
+    stays = {**_stays(plan, scheme, family, online), **keep}
+    done = [layer.path for layer in plan.layers if layer.path not in stays]
+    pieces = _pieces(plan, done, scheme, family)
     layers = tuple(
         replace(layer, why=f"{layer.why}; stays: {stays[layer.path].rule}")
         if layer.path in stays
-        else _recoded(layer, scheme, online.scheme, shared.get(layer.path))
+        else _recoded(layer, pieces[layer.path], online.scheme)
         for layer in plan.layers
     )
     _require_any(plan, stays, online)
     return replace(plan, layers=layers, notes=(*plan.notes, *_notes(plan, stays, online)))
+
+
+def calibrated(plan: Plan, amax: Mapping[str, float]) -> Plan:
+    """The requantized plan with static inputs where calibration saw what a layer gets.
+
+    amax  layer -> largest magnitude of its input; layers it lacks, or that saw zeros, stay dynamic
+
+    Raises UsageError when inputs are not quantized by one scale for the whole tensor.
+    """
+    recodes = {piece.recode for layer in plan.layers for piece in layer.pieces if piece.recode}
+    fixed = next((each for each in recodes if not _may_be_static(each.activation)), None)
+    if fixed is not None:
+        raise UsageError(
+            f"calibration has nothing to give: inputs are {fixed.activation or 'not quantized'}",
+            hint="leave --calibrate and --calibration out",
+        )
+    return replace(
+        plan, layers=tuple(_static(layer, amax.get(layer.path)) for layer in plan.layers)
+    )
+
+
+def _may_be_static(activation: Activation | None) -> bool:
+    """Whether a file can hold the one scale of the input: per tensor, or above its groups."""
+    if activation is None or not activation.symmetric:
+        return False
+    two_levels = {Role.BLOCK_SCALE, Role.TENSOR_SCALE}
+    codec = ENCODINGS.load(activation.number.partition(";")[0])
+    grouped = any(two_levels <= scales for scales in codec.scales)
+    return activation.granularity == "tensor" or (activation.granularity == "group" and grouped)
+
+
+def _static(layer: LayerPlan, amax: float | None) -> LayerPlan:
+    if not amax:
+        return layer
+    pieces = tuple(
+        piece if piece.recode is None else replace(piece, recode=_with_input(piece.recode, amax))
+        for piece in layer.pieces
+    )
+    return replace(layer, pieces=pieces)
+
+
+def _with_input(recode: Recode, amax: float) -> Recode:
+    assert recode.activation is not None, "inputs that are not quantized have no scale"
+    return replace(
+        recode,
+        activation=replace(recode.activation, mode="static"),
+        roles=recode.roles | {Role.INPUT_SCALE},
+        input_amax=amax,
+    )
 
 
 def require_saveable(wishes: Iterable[Online], output: Path) -> None:
@@ -103,7 +163,9 @@ def _stays(plan: Plan, scheme: Scheme, family: Family, online: Online) -> dict[s
     found = _ignored(plan, online.ignored)
     for stays in (
         _out_of_scope(paths, family, plan.family, online.scope),
-        {} if online.quantize_all else _sensitive(paths, scheme, family, plan.family),
+        {}
+        if online.quantize_all
+        else _sensitive(paths, scheme, family, plan.family, online.preset),
         dict(_unfit(plan.layers, scheme, online)),
     ):
         found = {**stays, **found}
@@ -156,9 +218,10 @@ def _out_of_scope(
 
 
 def _sensitive(
-    paths: Sequence[str], scheme: Scheme, family: Family, family_name: str
+    paths: Sequence[str], scheme: Scheme, family: Family, family_name: str, asked: str | None
 ) -> dict[str, Stay]:
-    chosen = preset.for_algorithm(family_name, scheme.preset)
+    own = preset.for_algorithm(family_name, scheme.preset)
+    chosen = own if asked is None else preset.find(asked)
     rules = {} if chosen is None else preset.kept(chosen, paths)
     name = "" if chosen is None else chosen.name
     found = {path: Stay(f"preset {name}", rule.reason) for path, rule in rules.items()}
@@ -207,12 +270,28 @@ def _siblings(family: Family, paths: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _recoded(layer: LayerPlan, scheme: Scheme, name: str, key: str | None) -> LayerPlan:
-    recode = scheme.recode(key)
-    pieces = tuple(
-        replace(piece, recode=recode, lowrank_input="raw" if scheme.rank else None)
-        for piece in layer.pieces
-    )
+def _pieces(
+    plan: Plan, paths: Sequence[str], scheme: Scheme, family: Family
+) -> Mapping[str, tuple[Piece, ...]]:
+    """What the layers become: in the units of the format they are saved as, or each by itself."""
+    known = None if scheme.saved_as is None else FORMATS.load(scheme.saved_as)
+    if known is not None and known.quantize and set(known.namings) <= family.namings.keys():
+        return known.quantize(plan, frozenset(paths), scheme.recode(), {})
+    shared = _siblings(family, paths)
+    return {
+        path: tuple(
+            replace(
+                piece,
+                recode=scheme.recode(shared.get(path)),
+                lowrank_input="raw" if scheme.rank else None,
+            )
+            for piece in plan.layer(path).pieces
+        )
+        for path in paths
+    }
+
+
+def _recoded(layer: LayerPlan, pieces: tuple[Piece, ...], name: str) -> LayerPlan:
     twice = [str(piece.encoding) for piece in layer.pieces if piece.encoding != DENSE]
     why = f"{FLAG} {name}" + (f", after {twice[0]}: quantized twice" if twice else "")
     return replace(layer, pieces=pieces, why=why)

@@ -54,7 +54,7 @@ def bias_of(layer: LayerPlan, parts: Sequence[dict[Role, Tensor]]) -> Tensor | N
     first, stored = placed[0]
     if len(placed) == 1 and len(first.out) == layer.shape_NK[0] and not first.bias_offsets:
         return stored
-    total = torch.zeros(layer.shape_NK[0])
+    total = torch.zeros(layer.shape_NK[0], device=stored.device)
     for piece, bias in placed:
         total[piece.out.as_slice()] += _offset(piece, bias.float())
     return total.to(stored.dtype)
@@ -192,12 +192,13 @@ def _bytes_first(part: Tensor) -> Tensor:
 
 
 def _cut(role: Role, part: Tensor, piece: Piece) -> Tensor:
-    """Drops padded columns: codes by columns or bytes, scales by groups."""
+    """The piece's own columns, no padded ones: codes by columns or bytes, scales by groups."""
     wanted, stored = len(piece.cols), piece.stored_NK[1]
     if role not in COLUMN_ROLES or wanted == stored or not part.dim():
         return part
+    first = part.shape[-1] * piece.skip // stored
     keep = -(-part.shape[-1] * wanted // stored)
-    return part[..., :keep].contiguous()
+    return part[..., first : first + keep].contiguous()
 
 
 def _offset(piece: Piece, bias: Tensor) -> Tensor:

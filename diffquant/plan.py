@@ -166,7 +166,12 @@ class Recode:
 
     granularity  of the weight scale: tensor, channel (one per row), group (of `group` columns) or
                  block (of `group` x `group`)
-    roles        the parts the quantized piece will have
+    roles        the parts the quantized piece will have; a bias among them is made too
+    rank         of a low-rank branch that carries what the codes lose
+    fused        pieces with one key are encoded as one weight: one D, one smoothing for all
+    scale_dtype  what scales (the outer one of two) and a made bias are rounded to; None: float32
+    samples      rows of true input of the layer, [M, K], that smoothing is chosen by
+    input_amax   largest magnitude calibration saw of the input; INPUT_SCALE is made from it
     """
 
     encoding: Encoding
@@ -176,6 +181,10 @@ class Recode:
     group: int | None = None
     shared_amax: str | None = None
     rank: int | None = None
+    fused: str | None = None
+    scale_dtype: str | None = None
+    samples: TensorRef | None = None
+    input_amax: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +202,7 @@ class Piece:
     stored_NK     logical shape of the stored weight, padding included
     take          its rows in the order the module wants them; empty means all rows
     out, cols     where the piece lies in the module's output and input
+    skip          stored columns before the first one that is its own
     """
 
     encoding: Encoding
@@ -208,6 +218,7 @@ class Piece:
     lowrank_input: Literal["raw", "smoothed"] | None = None
     bias_offsets: tuple[BiasOffset, ...] = ()
     recode: Recode | None = None
+    skip: int = 0
 
     def part(self, role: Role) -> Part | None:
         """The part of that role, if the piece has one."""

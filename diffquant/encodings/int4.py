@@ -5,6 +5,7 @@
     channel_scale   (N,)         float   multiplies; alone or beside a block scale
     tensor_scale    ()           float   multiplies when alone; beside a block scale see below
     zero_point      (N, G)       float   absent means none; (N,) beside a channel scale
+    group_index     (K,)         int     the group of every column; absent means they are in order
 
 Options:
 
@@ -34,6 +35,7 @@ from diffquant.encodings._scales import (
     symmetric_grid,
 )
 from diffquant.encodings.fp8 import LARGEST as LARGEST_FP8
+from diffquant.errors import PlanError
 from diffquant.plan import Encoding, Role
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def decode(
     """weight_NK = (codes - zero) * scales, or codes * scales + zero; float32."""
     from torch import uint8
 
-    held = _trimmed(parts, encoding, shape_NK[1])
+    held = _by_column(_trimmed(parts, encoding, shape_NK[1]))
     fp8_scale = held.pop(Role.TENSOR_SCALE, None) if Role.BLOCK_SCALE in held else None
     codes = held[Role.CODES].view(uint8)
     table = pair_table(TABLES[encoding.option("signed", "true")], codes)
@@ -71,9 +73,14 @@ def decode(
 
 
 def encode(values_NK: "Tensor", encoding: Encoding, recipe: Recipe) -> "dict[Role, Tensor]":
-    """scale = amax / 7 (unsigned: / 15) in float32; codes = values / scale, nearest even."""
+    """scale = amax / 7 (unsigned: / 15) in float32; codes = values / scale, nearest even.
+
+    With `zero=scaled`: scale = (max - min) / 15 and zero = min of each group, both in bfloat16.
+    """
     from torch import uint8
 
+    if encoding.option("zero", "integer") == "scaled":
+        return _with_zero(values_NK, encoding, recipe)
     low, high = (0, 15) if recipe.unsigned else (-8, 7)
     grid = symmetric_grid(values_NK, recipe, float(high), GROUP)
     codes = values_NK.new_empty(len(values_NK), -(-values_NK.shape[1] // 2), dtype=uint8)
@@ -81,6 +88,25 @@ def encode(values_NK: "Tensor", encoding: Encoding, recipe: Recipe) -> "dict[Rol
         whole = ratio.round_().clamp_(low, high).int() & 15
         codes[rows] = packed(whole.to(uint8))
     return {Role.CODES: codes, **stored(grid, recipe)}
+
+
+def _with_zero(values_NK: "Tensor", encoding: Encoding, recipe: Recipe) -> "dict[Role, Tensor]":
+    from torch import bfloat16, uint8
+
+    rows, columns = values_NK.shape
+    group = recipe.group or int(encoding.option("group", str(GROUP)))
+    if columns % group:
+        raise PlanError(f"groups of {group} do not divide {columns} columns")
+    grouped = values_NK.float().reshape(rows, -1, group)
+    low, high = grouped.aminmax(dim=2)
+    zero, scale = low.to(bfloat16), ((high - low) / 15).to(bfloat16)
+    ratio = (grouped - zero.float()[..., None]) / scale.float()[..., None]
+    whole = ratio.nan_to_num_(nan=0.0).round_().clamp_(0, 15).to(uint8)
+    return {
+        Role.CODES: packed(whole.reshape(rows, columns)),
+        Role.BLOCK_SCALE: scale,
+        Role.ZERO_POINT: zero,
+    }
 
 
 def _trimmed(
@@ -93,6 +119,15 @@ def _trimmed(
         if group and role in parts and parts[role].ndim == 2:
             trimmed[role] = parts[role][:, : -(-columns // group)]
     return trimmed
+
+
+def _by_column(parts: "dict[Role, Tensor]") -> "dict[Role, Tensor]":
+    """Scales and zero points of every column, where columns name their group."""
+    index = parts.pop(Role.GROUP_INDEX, None)
+    if index is None:
+        return parts
+    grouped = {Role.BLOCK_SCALE, Role.ZERO_POINT} & parts.keys()
+    return parts | {role: parts[role][:, index.long()] for role in grouped}
 
 
 def _hold_in_fp8(weight: "Tensor", scale: "Tensor") -> None:
@@ -112,7 +147,7 @@ CODEC = Codec(
         frozenset({Role.CHANNEL_SCALE}),
         frozenset({Role.TENSOR_SCALE}),
     ),
-    optional=frozenset({Role.ZERO_POINT}),
+    optional=frozenset({Role.ZERO_POINT, Role.GROUP_INDEX}),
     code_dtypes=frozenset({"U8", "I8", "I16", "I32"}),
     decode=decode,
     encode=encode,

@@ -8,11 +8,12 @@ modules stacked along N (`rows`), or a slice along K of one (`cols`).
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from diffquant.plugins import Registry
 
 Shape = tuple[int, ...]
+Part = Literal["transformer", "text_encoder", "autoencoder"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +62,20 @@ class Naming:
 class Family:
     """One architecture.
 
-    class_names    diffusers classes, the first is the canonical one
-    inventory      config -> Inventory
+    part           what it is of a pipeline
+    class_names    diffusers (or transformers) classes, the first is the canonical one
+    inventory      config -> Inventory; `told_by_header` where no config tells it
+    tables         patterns of two-dimensional weights that are no linears, where a header tells
+    tied           parameter -> the one it shares its numbers with, so that a file stores either
+    surplus        pattern of stored tensors no class of the family has -> what they are
     config_from    shapes in diffusers names -> config good enough for `inventory`, or None
     namings        by name: diffusers, bfl, nunchaku, original, sglang …
     sensitive      patterns of layers that stay in high precision by default (online quantization)
+    reasons        why, for those patterns that no preset explains
     blocks         names of the repeated blocks' ModuleLists
     siblings       groups of linears fed by the same input in one block (q, k, v), as path suffixes
+    joined         layers whose input is the outputs of others side by side: path pattern -> those,
+                   as path suffixes, in the order of the columns
     fed_by         suffix pattern -> what feeds the layer ("gelu_tanh", "silu_gate")
     chunked        modulation layers: path pattern -> number of chunks (shift, scale, gate …), and
                    which chunks are scales
@@ -77,15 +85,31 @@ class Family:
     class_names: tuple[str, ...]
     inventory: Callable[[Mapping[str, Any]], Inventory]
     namings: Mapping[str, Naming]
+    part: Part = "transformer"
+    tables: tuple[str, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    surplus: Mapping[str, str] = field(default_factory=dict)
     config_from: Callable[[Mapping[str, Shape]], Mapping[str, Any] | None] | None = None
     sensitive: tuple[str, ...] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)
     blocks: tuple[str, ...] = ()
     siblings: tuple[tuple[str, ...], ...] = ()
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fed_by: Mapping[str, str] = field(default_factory=dict)
     chunked: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
     float32: tuple[str, ...] = ()
     mlp: Sequence[str] = ()
     attention: Sequence[str] = ()
+
+    @property
+    def is_described(self) -> bool:
+        """Whether a config tells the inventory; where none does, the header of a checkpoint must."""
+        return self.inventory is not told_by_header
+
+
+def told_by_header(config: Mapping[str, Any]) -> Inventory:
+    """The inventory of every family whose classes nobody described: empty, whatever the config."""
+    return Inventory(shapes={}, linears=frozenset())
 
 
 FAMILIES: Registry[Family] = Registry("diffquant.families", "FAMILY")

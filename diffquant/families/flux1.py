@@ -244,6 +244,7 @@ FAMILY = Family(
     ),
     blocks=("transformer_blocks", "single_transformer_blocks"),
     siblings=(QKV, ADDED_QKV),
+    joined={"single_transformer_blocks.*.proj_out": ("attn.to_v", "proj_mlp")},
     fed_by={
         "transformer_blocks.*.ff.net.2": "gelu_tanh",
         "transformer_blocks.*.ff_context.net.2": "gelu_tanh",

@@ -13,9 +13,12 @@ from diffquant.plan import (
     Activation,
     Encoding,
     Layout,
+    Piece,
     Plan,
+    Recode,
     Role,
     Rotation,
+    TensorRef,
 )
 from diffquant.plugins import Registry
 from diffquant.sources import Checkpoint
@@ -117,6 +120,8 @@ class Format:
     proof      what our reading of it was held against: "true files", "owner's library", or
                "from description" where neither could be had
     write      Plan -> Export, the way out; raises FormatError for what the dialect cannot say
+    quantize   layers of a dense plan -> their pieces in the units the dialect stores, each with its
+               recode; None: every layer is a unit by itself
     """
 
     evidence: Callable[[Checkpoint, Header], str | None]
@@ -126,6 +131,7 @@ class Format:
     namings: tuple[str, ...] = ()
     proof: Literal["true files", "owner's library", "from description"] = "from description"
     write: "Writer | None" = None
+    quantize: "Quantizer | None" = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +175,7 @@ class Export:
     config     config.json of a component folder; None where the dialect is one file by itself
     metadata   entries for the safetensors header
     lossless   None, or what is lost as far as the plan tells
+    constants  stored tensor -> whole numbers the dialect wants beside its weights, as int64
     """
 
     layers: tuple[OutgoingLayer, ...]
@@ -177,8 +184,13 @@ class Export:
     config: Mapping[str, object] | None
     metadata: Mapping[str, str]
     lossless: str | None = None
+    constants: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 Writer = Callable[[Plan], Export]
+#: (plan, paths of the layers, what a weight becomes, rows of input by path) -> pieces by path
+Quantizer = Callable[
+    [Plan, frozenset[str], Recode, Mapping[str, TensorRef]], Mapping[str, tuple[Piece, ...]]
+]
 
 FORMATS: Registry[Format] = Registry("diffquant.formats", "FORMAT")

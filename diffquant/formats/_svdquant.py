@@ -72,6 +72,8 @@ UNUSED: Mapping[str, str] = {
     for ending in ("smooth_factor_orig", "smooth_orig")
 }
 
+#: What is added to the input of int4 layers behind GELU, whose smallest value is -0.17.
+GELU_SHIFT = 0.171875
 WIDE = frozenset({"BF16", "F16", "F32"})
 AWQ_GROUP = 64
 

@@ -39,8 +39,8 @@ from diffquant.formats._outgoing import (
 )
 from diffquant.formats._svdquant import (
     AWQ,
-    AWQ_GROUP,
     ENDINGS,
+    GELU_SHIFT,
     INT4,
     NVFP4,
     PACKED,
@@ -55,11 +55,11 @@ from diffquant.formats._svdquant import (
     svdquant_names,
     unused,
 )
+from diffquant.formats._svdquant_units import AWQ_ENCODING, units
 from diffquant.headers import Header
-from diffquant.plan import ROW_MAJOR, Encoding, Plan, Role
+from diffquant.plan import ROW_MAJOR, Encoding, Piece, Plan, Recode, Role, TensorRef
 from diffquant.sources import Checkpoint
 
-GELU_SHIFT = 0.171875
 TEXT_ENCODER = "NunchakuT5EncoderModel"
 
 #: `weight.dtype` of the metadata -> what layers must then be.
@@ -207,12 +207,16 @@ AWQ_SPELLING = Spelling(
         BIAS,
     )
 )
-AWQ_ENCODING = Encoding(
-    "int4", (("group", str(AWQ_GROUP)), ("signed", "false"), ("zero", "scaled"))
-)
 BARE_NVFP4 = Encoding("nvfp4", (("outer", "none"),))
 #: Names that are not upstream's rule of a prefix.
 MODEL_CLASSES = {"FluxTransformer2DModel": "NunchakuFluxTransformer2dModel"}
+
+
+def _quantize(
+    plan: Plan, paths: frozenset[str], recode: Recode, samples: Mapping[str, TensorRef]
+) -> Mapping[str, tuple[Piece, ...]]:
+    """The layers of a dense plan in the weights this dialect stores."""
+    return units(plan, paths, recode, WHO, samples)
 
 
 def _write(plan: Plan) -> Export:
@@ -311,4 +315,5 @@ FORMAT = Format(
     namings=("nunchaku",),
     proof="true files",
     write=_write,
+    quantize=_quantize,
 )

@@ -27,6 +27,7 @@ class Scheme:
     preset         the algorithm whose preset says which layers stay (see `preset.for_algorithm`)
     multiple_of_K  layers whose K it does not divide stay dense
     rank           of the low-rank branch that carries what quantizing loses; None: no branch
+    scale_dtype    what scales are rounded to; None: float32
     saved_as       the format that can store the result; None where no dialect can
     """
 
@@ -38,6 +39,7 @@ class Scheme:
     group: int | None = None
     multiple_of_K: int = 1
     rank: int | None = None
+    scale_dtype: str | None = None
     saved_as: str | None = "modelopt"
 
     @property
@@ -60,6 +62,7 @@ class Scheme:
             activation=self.activation,
             roles=self.roles,
             rank=self.rank,
+            scale_dtype=self.scale_dtype,
             shared_amax=shared_amax if self.is_shared else None,
         )
 

@@ -1,0 +1,140 @@
+"""A dense plan's layers -> pieces in the units that Nunchaku stores.
+
+    q, k and v              one weight: one low-rank input side, one smoothing; in nvfp4 an outer scale
+                            for each, stored per row
+    proj_out of FLUX.1      two weights side by side along K, each with a branch of its own; the bias
+                            lies beside the second, zeros beside the first
+    int4 behind GELU        input shifted by 0.171875 and unsigned; the bias makes up for the shift
+    modulation              AWQ: 16-bit inputs, 4-bit weight in groups of 64
+
+A weight in files fused otherwise still works; what Nunchaku could not store is for its writer to say.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from diffquant.families import FAMILIES, Family, Rule, located, spelled
+from diffquant.formats._svdquant import AWQ_GROUP, GELU_SHIFT, INT4
+from diffquant.patterns import matches
+from diffquant.plan import Encoding, LayerPlan, Part, Piece, Plan, Recode, Role, Span, TensorRef
+
+AWQ_ENCODING = Encoding(
+    "int4", (("group", str(AWQ_GROUP)), ("signed", "false"), ("zero", "scaled"))
+)
+AWQ_RECODE = Recode(
+    encoding=AWQ_ENCODING,
+    granularity="group",
+    group=AWQ_GROUP,
+    activation=None,
+    roles=frozenset({Role.CODES, Role.BLOCK_SCALE, Role.ZERO_POINT}),
+    scale_dtype="bfloat16",
+)
+
+
+def units(
+    plan: Plan,
+    paths: frozenset[str],
+    recode: Recode,
+    naming_name: str,
+    samples: Mapping[str, TensorRef],
+) -> Mapping[str, tuple[Piece, ...]]:
+    """The pieces of every layer in `paths`; those of layers with samples are smoothed."""
+    family = FAMILIES.load(plan.family)
+    naming = family.namings[naming_name]
+    layers = {layer.path: layer for layer in plan.layers if layer.path in paths}
+    made: dict[str, tuple[Piece, ...]] = {}
+    for path, layer in layers.items():
+        rules = [located(naming, name) for name in spelled(naming, path)]
+        found = [rule for rule in rules if rule is not None]
+        if _is_modulation(path, family):
+            made[path] = tuple(replace(each, recode=AWQ_RECODE) for each in layer.pieces)
+            continue
+        made[path] = tuple(
+            _unit(piece, layer, rule, recode, _fed(samples, rule, layers), family)
+            for piece, rule in _cut(layer, found, family, plan)
+        )
+    return made
+
+
+def _is_modulation(path: str, family: Family) -> bool:
+    return any(matches(pattern, path) for pattern in family.chunked)
+
+
+def _cut(
+    layer: LayerPlan, rules: list[Rule], family: Family, plan: Plan
+) -> Iterator[tuple[Piece, Rule]]:
+    """The layer's pieces, each with the stored weight it belongs to."""
+    slices = sorted((rule for rule in rules if rule.cols is not None), key=lambda r: r.cols or 0)
+    whole = [rule for rule in rules if rule.cols is None] or [Rule(layer.path, (layer.path,))]
+    if not slices:
+        yield from ((piece, whole[0]) for piece in layer.pieces)
+    elif len(layer.pieces) > 1:
+        yield from zip(layer.pieces, slices, strict=True)
+    else:
+        (piece,) = layer.pieces
+        start = 0
+        for rule, width in zip(slices, _widths(layer, family, plan), strict=True):
+            yield replace(piece, cols=Span(start, start + width), skip=piece.skip + start), rule
+            start += width
+
+
+def _widths(layer: LayerPlan, family: Family, plan: Plan) -> tuple[int, ...]:
+    """Columns of each slice: as many as the layers give whose outputs lie there."""
+    feeding = next(
+        names for pattern, names in family.joined.items() if matches(pattern, layer.path)
+    )
+    stem = layer.path.rpartition(".")[0]
+    return tuple(plan.layer(f"{stem}.{name}").shape_NK[0] for name in feeding)
+
+
+def _fed(
+    samples: Mapping[str, TensorRef], rule: Rule, layers: Mapping[str, LayerPlan]
+) -> TensorRef | None:
+    """Inputs of the stored weight: all of its members have the same."""
+    return next((samples[row] for row in rule.rows if row in samples and row in layers), None)
+
+
+def _unit(
+    piece: Piece,
+    layer: LayerPlan,
+    rule: Rule,
+    recode: Recode,
+    samples: TensorRef | None,
+    family: Family,
+) -> Piece:
+    fused = rule.stored if len(rule.rows) > 1 else None
+    shift = GELU_SHIFT if recode.encoding == INT4.encoding and _behind_gelu(rule, family) else 0.0
+    has_bias = any(Role.BIAS in each.roles for each in layer.pieces)
+    activation = recode.activation
+    if shift and activation is not None:
+        activation = replace(activation, unsigned=True)
+    roles = recode.roles
+    if fused is not None and Role.TENSOR_SCALE in roles:
+        roles = (roles - {Role.TENSOR_SCALE}) | {Role.CHANNEL_SCALE}
+    roles |= {Role.BIAS} if has_bias or shift else set()
+    roles |= {Role.SMOOTH} if samples is not None else set()
+    return replace(
+        piece,
+        parts=_without_bias(piece) if rule.cols == 0 else piece.parts,
+        smooth=None if samples is None else "divide",
+        shift=shift,
+        lowrank_input="raw",
+        recode=replace(
+            recode,
+            activation=activation,
+            roles=frozenset(roles),
+            fused=fused,
+            samples=samples,
+        ),
+    )
+
+
+def _without_bias(piece: Piece) -> tuple[Part, ...]:
+    """The bias of a layer that is cut along K lies beside its last slice."""
+    return tuple(part for part in piece.parts if part.role is not Role.BIAS)
+
+
+def _behind_gelu(rule: Rule, family: Family) -> bool:
+    """Whether GELU feeds the stored weight."""
+    key = rule.rows[0] if rule.cols is None else f"{rule.rows[0]}:{rule.cols}"
+    return any("gelu" in kind and matches(each, key) for each, kind in family.fed_by.items())

@@ -1,0 +1,197 @@
+"""Pieces of a plan -> encoded parts, one stored weight at a time: what `Piece.recode` asks for.
+
+Nothing here knows an encoding by name. A weight is N x K; a low-rank branch U [N, R], D [R, K] takes
+what quantizing loses, W = U D + decode(encode(W - U D)). Where the plan has samples of a layer's
+input its smoothing is chosen by them; otherwise nothing but the weight is looked at.
+"""
+
+import ctypes
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from diffquant.encodings import ENCODINGS
+from diffquant.pieces import canonical, decoded
+from diffquant.plan import DENSE, Piece, Plan, Recode, Role
+from diffquant.recode._codes import codes
+from diffquant.recode._inputs import input_scale
+from diffquant.recode._lowrank import beside_lowrank, lowrank
+from diffquant.tensors import Weights
+
+__all__ = ["Encoder", "encoded", "input_scale", "lowrank", "sketched"]
+
+
+class Encoder:
+    """Encodes the pieces of one plan, and measures what siblings share once.
+
+    Host memory: the stored weight at hand, dense and encoded; siblings that share no more than a
+    scale are measured in their mapped files.
+    """
+
+    def __init__(self, plan: Plan, weights: Weights) -> None:
+        self._weights = weights
+        self._largest: dict[str, Tensor] = {}
+        self._siblings: dict[str, list[Piece]] = {}
+        self._fused: dict[str, list[Piece]] = {}
+        self._made: dict[str, _Group] = {}
+        for piece in (piece for layer in plan.layers for piece in layer.pieces):
+            if piece.recode is not None and piece.recode.shared_amax is not None:
+                self._siblings.setdefault(piece.recode.shared_amax, []).append(piece)
+            if piece.recode is not None and piece.recode.fused is not None:
+                self._fused.setdefault(piece.recode.fused, []).append(piece)
+
+    def parts(self, piece: Piece, held: Mapping[Role, Tensor]) -> dict[Role, Tensor]:
+        """The parts the piece multiplies with: what is stored, or what its recode makes of it."""
+        recode = piece.recode
+        if recode is None:
+            return dict(held)
+        if recode.fused is not None:
+            made = self._group(recode.fused, piece, held)
+        elif recode.rank is not None:
+            made = beside_lowrank(
+                [_weight(piece, held)], recode, self._samples(piece), piece.shift
+            )[0]
+        else:
+            made = encoded(_weight(piece, held), recode, amax=self._shared_amax(recode))
+        if (bias := _bias(piece, held, made)) is not None:
+            made[Role.BIAS] = bias
+        if recode.activation is not None and recode.input_amax is not None:
+            made[Role.INPUT_SCALE] = input_scale(recode.activation, recode.input_amax)
+        _give_back()
+        return made
+
+    def _group(self, key: str, piece: Piece, held: Mapping[Role, Tensor]) -> dict[Role, Tensor]:
+        """One member of what is encoded as one weight; the others wait until they are asked for."""
+        if key not in self._made:
+            for done in [name for name, group in self._made.items() if group.is_done]:
+                del self._made[done]
+            members, device = self._fused[key], held[Role.CODES].device
+            weights = [
+                _weight(each, held if each == piece else canonical(each, self._weights)).to(device)
+                for each in members
+            ]
+            assert piece.recode is not None
+            found = beside_lowrank(weights, piece.recode, self._samples(piece), piece.shift)
+            self._made[key] = _Group(members, found)
+        return self._made[key].of(piece)
+
+    def _samples(self, piece: Piece) -> Tensor | None:
+        """Rows of the piece's own columns of its layer's input."""
+        assert piece.recode is not None
+        ref = piece.recode.samples
+        if ref is None:
+            return None
+        return self._weights.tensor(ref.file, ref.name)[:, piece.cols.as_slice()]
+
+    def _shared_amax(self, recode: Recode) -> Tensor | None:
+        key = recode.shared_amax
+        if key is None:
+            return None
+        if key not in self._largest:
+            found = [_amax(_weight(it, canonical(it, self._weights))) for it in self._siblings[key]]
+            self._largest[key] = torch.stack(found).amax()
+        return self._largest[key]
+
+
+class _Group:
+    """Encoded members of one stored weight."""
+
+    def __init__(self, members: Sequence[Piece], found: Sequence[dict[Role, Tensor]]) -> None:
+        self._found = dict(zip(members, found, strict=True))
+        self._waiting = set(members)
+
+    def of(self, piece: Piece) -> dict[Role, Tensor]:
+        self._waiting.discard(piece)
+        return dict(self._found[piece])
+
+    @property
+    def is_done(self) -> bool:
+        return not self._waiting
+
+
+def encoded(weight_NK: Tensor, recode: Recode, *, amax: Tensor | None = None) -> dict[Role, Tensor]:
+    """Parts of `recode.roles` for a dense weight by itself, bias excepted.
+
+    amax  largest magnitude of the weights that share the tensor scale, () in their dtype
+
+    Raises PlanError when the encoding cannot be written.
+    """
+    if recode.rank is not None:
+        return beside_lowrank([weight_NK], recode)[0]
+    scale = None if amax is None else _scale_for(amax.to(weight_NK.device), recode)
+    return codes(weight_NK, recode, scale)
+
+
+def sketched(piece: Piece) -> dict[Role, Tensor]:
+    """Shapes and dtypes of what the piece's recode makes, computed without data."""
+    recode, n, k = piece.recode, len(piece.out), len(piece.cols)
+    assert recode is not None
+    weight = torch.empty(n, k, device="meta")
+    made = codes(weight, replace(recode, rank=None))
+    rank = min(recode.rank or 0, n, k)
+    wide = torch.float32 if recode.scale_dtype is None else getattr(torch, recode.scale_dtype)
+    others = {
+        Role.LOWRANK_UP: ((n, rank), torch.bfloat16),
+        Role.LOWRANK_DOWN: ((rank, k), torch.bfloat16),
+        Role.SMOOTH: ((k,), torch.bfloat16),
+        Role.CHANNEL_SCALE: ((n,), wide),
+        Role.BIAS: ((n,), wide),
+        Role.INPUT_SCALE: ((), torch.float32),
+    }
+    for role in recode.roles & others.keys() - made.keys():
+        shape, dtype = others[role]
+        made[role] = torch.empty(shape, dtype=dtype, device="meta")
+    return {role: made[role] for role in recode.roles}
+
+
+def _scale_for(amax: Tensor, recode: Recode) -> Tensor:
+    """The tensor scale the codec itself would take from a weight of that largest magnitude."""
+    witness = amax.new_zeros(1, recode.group or 16)
+    witness[0, 0] = amax
+    return codes(witness, recode)[Role.TENSOR_SCALE]
+
+
+def _bias(piece: Piece, held: Mapping[Role, Tensor], made: Mapping[Role, Tensor]) -> Tensor | None:
+    """The stored bias, or the one the recode asks for: less what the shifted input adds, zero where
+    nothing is stored."""
+    recode, stored = piece.recode, held.get(Role.BIAS)
+    if recode is None or Role.BIAS not in recode.roles:
+        return stored
+    codec, shape_NK = ENCODINGS.load(recode.encoding.name), (len(piece.out), len(piece.cols))
+    bias = torch.zeros(shape_NK[0], device=made[Role.CODES].device)
+    if piece.shift:
+        weight_NK = codec.decode(made, recode.encoding, shape_NK)
+        smooth = made.get(Role.SMOOTH)
+        seen = weight_NK if smooth is None else weight_NK.div_(smooth.float())
+        bias -= piece.shift * seen.sum(1)
+    if stored is not None:
+        bias += stored.float()
+    return bias if recode.scale_dtype is None else bias.to(getattr(torch, recode.scale_dtype))
+
+
+def _give_back() -> None:
+    """Let the system have what was freed: glibc keeps blocks below 32 MB between those that live on,
+    and a model of such layers would come to hold three times what it needs."""
+    if (trim := _trimmer()) is not None:
+        trim(0)
+
+
+@cache
+def _trimmer() -> Callable[[int], int] | None:
+    """glibc's malloc_trim, where there is one."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return getattr(library, "malloc_trim", None)
+
+
+def _weight(piece: Piece, held: Mapping[Role, Tensor]) -> Tensor:
+    """The stored weight, in its own dtype if it is dense."""
+    return held[Role.CODES] if piece.encoding == DENSE else decoded(piece, dict(held))
+
+
+def _amax(weight_NK: Tensor) -> Tensor:
+    low, high = weight_NK.aminmax()
+    return torch.maximum(-low, high).cpu()
