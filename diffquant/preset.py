@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from diffquant import patterns
@@ -79,6 +80,16 @@ def load(name: str) -> Preset:
         near = patterns.nearest(name, names()) or names()
         raise PresetError(f"no preset is called {name!r}", hint=f"one of: {', '.join(near)}")
     return parse(name, files("diffquant.presets").joinpath(f"{name}.toml").read_text("utf-8"))
+
+
+def find(name: str) -> Preset:
+    """The preset of that name, or that of a TOML file. Raises PresetError as `load` and `parse` do."""
+    if not name.endswith(".toml"):
+        return load(name)
+    path = Path(name)
+    if not path.is_file():
+        raise PresetError(f"no file {name!r}", hint=f"or a name: {', '.join(names())}")
+    return parse(path.stem, path.read_text("utf-8"))
 
 
 def parse(name: str, text: str) -> Preset:

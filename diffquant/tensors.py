@@ -34,6 +34,10 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
+#: Bytes that `Passing` hands out before it gives pages back.
+RESIDENT = 128 << 20
+
+
 class Weights:
     """The tensors of a plan's files, by file index and stored name."""
 
@@ -66,6 +70,26 @@ class Weights:
             with self._headers[file].files[0].open("rb") as stream:
                 self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._maps[file]
+
+
+class Passing(Weights):
+    """Weights that are read through: pages of what was handed out earlier are given back, so that
+    a file of any size takes no more than about `RESIDENT` bytes of memory and one tensor.
+
+    What is still in use is read from the file again, so nothing may be written to it.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        super().__init__(files)
+        self._handed_out = 0
+
+    def _bytes(self, file: int, stored: headers.Tensor) -> Tensor:
+        if self._handed_out > RESIDENT:
+            for mapped in self._maps.values():
+                mapped.madvise(mmap.MADV_DONTNEED)
+            self._handed_out = 0
+        self._handed_out += stored.nbytes
+        return super()._bytes(file, stored)
 
 
 def _packed(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -37,6 +37,9 @@ WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".c
 #: Called after every tensor with bytes done, bytes in all, and the tensor's name.
 Progress = Callable[[int, int, str], None]
 
+#: Called with the finished files before they get their names; what it raises removes them.
+Check = Callable[[Sequence[Path]], None]
+
 
 @dataclass(frozen=True, slots=True)
 class Declared:
@@ -80,6 +83,7 @@ def write(
     stem: str = "diffusion_pytorch_model",
     max_shard_size: int = 10 * GIB,
     overwrite: bool = False,
+    check: Check | None = None,
     on_progress: Progress | None = None,
 ) -> Written:
     """Write a component directory: one file, or shards with an index, and what lies beside them.
@@ -89,6 +93,7 @@ def write(
     config     entries laid over its config.json
     without    entries of it that are left out
     metadata   strings for every shard's header, beside `format: pt`
+    check      called with the finished shards while everything is still temporary
 
     Raises ConvertError when the output exists and is not to be overwritten, when the disk is too
     small, and when a made tensor is not what was declared.
@@ -114,6 +119,8 @@ def write(
             partial.finished(shard)
         _write_index(partial.path / f"{stem}.safetensors.index.json", shards)
         _copy_beside(partial.path, beside, config, without)
+        if check is not None:
+            check([partial.path / shard.file for shard in shards])
         partial.become(output)
     return Written(
         shards=tuple(output / shard.file for shard in shards),
@@ -126,8 +133,11 @@ def write_file(
     path: Path,
     tensors: Sequence[Declared],
     *,
+    origin: str = "",
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    check: Check | None = None,
+    on_progress: Progress | None = None,
 ) -> Path:
     """Write one file and nothing beside it, whole or not at all. Raises as `write` does."""
     path = Path(os.path.abspath(path))
@@ -136,8 +146,13 @@ def write_file(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     try:
-        for _ in _stream(partial, shard):
-            pass
+        done = 0
+        for name, size in _stream(partial, shard):
+            done += size
+            if on_progress is not None:
+                on_progress(done, shard.data, name)
+        if check is not None:
+            check([partial])
         partial.replace(path)
         _sync(path.parent)
     finally:

@@ -1,0 +1,136 @@
+"""What can be typed to every converter, each group of options as one value.
+
+`writing_options` gives a command the parameter `writing`, `choosing_options` one called `choosing`,
+`calibration_options` one called `calibration`; under these decorators a command never sees the
+single options.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from diffquant.converters.calibrate import METHODS, PERCENTILE
+from diffquant.writing import GIB
+
+Command = Callable[..., Any]
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+NEW = click.Path(path_type=Path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writing:
+    """Where the result goes, and what it must be to stay there.
+
+    max_error  relative error that no layer may exceed; None: any
+    report     a file for the figures of all layers
+    """
+
+    output_dir: Path
+    max_shard_size: float = 10.0
+    max_error: float | None = None
+    report: Path | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+
+    @property
+    def shard_bytes(self) -> int:
+        return int(self.max_shard_size * GIB)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choosing:
+    """Which layers stay as they are.
+
+    preset             auto: the family's own; none: no layer; else a preset's name or TOML file
+    keep_bf16_pattern  regular expressions, searched in the names of layers
+    """
+
+    preset: str = "auto"
+    keep_bf16_pattern: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """Where the scales of inputs come from: prompts to draw, or the file of an earlier run."""
+
+    calibrate: Path | None = None
+    calibration: Path | None = None
+    save_calibration: Path | None = None
+    calibration_method: str = "max"
+    percentile: float = PERCENTILE
+
+
+def _grouped(
+    name: str, kind: type, *options: Callable[[Command], Command]
+) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def called(**typed: Any) -> Any:
+            own = {each.name: typed.pop(each.name) for each in fields(kind)}
+            return command(**typed, **{name: kind(**own)})
+
+        decorated: Command = called
+        for option in reversed(options):
+            decorated = option(decorated)
+        return decorated
+
+    return decorate
+
+
+writing_options = _grouped(
+    "writing",
+    Writing,
+    click.option(
+        "--output-dir",
+        required=True,
+        type=NEW,
+        help="A folder, or the file of a dialect of single files.",
+    ),
+    click.option("--max-shard-size", metavar="GIB", type=float, default=10.0, show_default=True),
+    click.option(
+        "--max-error",
+        metavar="X",
+        type=float,
+        help="Write nothing when a layer's relative error is larger.",
+    ),
+    click.option("--report", type=NEW, metavar="FILE", help="Figures of every layer, as JSON."),
+    click.option("--overwrite", is_flag=True, help="Replace the output."),
+    click.option("--dry-run", is_flag=True, help="Say what would be written."),
+)
+
+choosing_options = _grouped(
+    "choosing",
+    Choosing,
+    click.option(
+        "--preset",
+        metavar="NAME",
+        default="auto",
+        show_default=True,
+        help="Layers that stay: auto (what the family needs), none, a preset's name or TOML file.",
+    ),
+    click.option("--keep-bf16-pattern", multiple=True, metavar="REGEX", help="May be repeated."),
+)
+
+calibration_options = _grouped(
+    "calibration",
+    Calibration,
+    click.option(
+        "--calibrate",
+        type=FILE,
+        metavar="PROMPTS",
+        help="Measure inputs while drawing these prompts, one a line.",
+    ),
+    click.option("--calibration", type=FILE, metavar="FILE", help="What --save-calibration wrote."),
+    click.option(
+        "--save-calibration", type=NEW, metavar="FILE", help="Keep what --calibrate measured."
+    ),
+    click.option(
+        "--calibration-method", type=click.Choice(METHODS), default="max", show_default=True
+    ),
+    click.option("--percentile", default=PERCENTILE, show_default=True, help="For that method."),
+)
