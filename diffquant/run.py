@@ -251,13 +251,15 @@ def _accepted(pipeline: Any) -> dict[str, Any]:
 
 
 def _require_images(request: Request, pipeline: Any) -> None:
-    """A pipeline that cannot start without a picture gets one."""
+    """A pipeline that cannot start without a picture gets one; who paints over needs to know where,
+    though its signature has a default."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
-    for name in ("image", "mask_image"):
-        needed = name in parameters and parameters[name].default is inspect.Parameter.empty
+    for name, what in (("image", "a picture"), ("mask_image", "a mask")):
+        open_ends = name in parameters and parameters[name].default is inspect.Parameter.empty
+        needed = open_ends or (name in parameters and "mask_image" in parameters)
         if needed and not getattr(request, name):
             raise UsageError(
-                f"a {type(pipeline).__name__} starts from a picture, and there is none",
+                f"a {type(pipeline).__name__} starts from {what}, and there is none",
                 hint=f"{_flag(name)} picture.png",
             )
 

@@ -29,7 +29,10 @@ NEUTRAL = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """How pictures come back: encoding, as text or as address, at once or step by step."""
+    """How pictures come back: encoding, as text or as address, at once or step by step.
+
+    events  what the names of a stream's events begin with
+    """
 
     format: Format
     quality: int
@@ -37,6 +40,7 @@ class Delivery:
     stream: bool
     partial_images: int
     progress: bool
+    events: str = "image_generation"
 
 
 class Drawing(BaseModel):
@@ -146,6 +150,16 @@ class ImageBody(Drawing):
         )
 
 
+class EditBody(ImageBody):
+    """POST /v1/images/edits but for its pictures: a form, whose values are text."""
+
+    model_config = ConfigDict(extra="forbid", strict=False)
+
+    def delivery(self) -> Delivery:
+        """As for pictures that are drawn; a stream's events are called otherwise."""
+        return replace(ImageBody.delivery(self), events="image_edit")
+
+
 class VideoBody(Drawing):
     """POST /v1/videos, as JSON or as a form, whose values are text."""
 
@@ -176,6 +190,7 @@ _SAME_NAME = (
     "fps",
 )
 FIELDS = tuple(ImageBody.model_fields)
+EDIT_FIELDS = (*EditBody.model_fields, "image", "mask")
 VIDEO_FIELDS = tuple(VideoBody.model_fields)
 
 

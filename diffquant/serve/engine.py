@@ -5,7 +5,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from diffquant.loading import Report
 from diffquant.serve import preview, readiness
 from diffquant.serve.jobs import Job, Preview
 from diffquant.serve.readiness import Check
+from diffquant.serve.uploads import names
 
 LOG = logging.getLogger("diffquant.serve")
 
@@ -109,6 +110,7 @@ class Engine:
             if job.previews:
                 stack.enter_context(preview.watched(pipeline, seen))
             result = run.generate(pipeline, wanted, on_step)
+        result = replace(result, request=_told(result.request))
         assert self.facts is not None
         report = self.facts.report.to_json()
         return run.recorded(result, flags=self._flags, report=report)
@@ -124,6 +126,13 @@ class Engine:
         self._pipeline = None
         _free()
         LOG.info("the model is let go")
+
+
+def _told(request: run.Request) -> run.Request:
+    """The request as it is recorded: uploaded pictures by name, without the folder they were in."""
+    image = None if request.image is None else names(request.image)
+    mask = None if request.mask_image is None else names([request.mask_image])[0]
+    return replace(request, image=image, mask_image=mask)
 
 
 def _preview(pipeline: Any, latents: Tensor, job: Job) -> Preview:

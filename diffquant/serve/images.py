@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from diffquant import run
 from diffquant.serve import admission
 from diffquant.serve.bodies import Delivery, ImageBody, named
+from diffquant.serve.engine import Facts
 from diffquant.serve.jobs import Job, Preview, State, Stopped
 from diffquant.serve.pictures import Picture, encode, encoded
 from diffquant.serve.refusals import FINAL, Refused, of_failure
@@ -35,27 +36,10 @@ def router(service: Service) -> APIRouter:
         facts = service.facts
         if facts.makes_videos:
             raise Refused(400, f"a {facts.pipeline_class.__name__} makes videos: POST /v1/videos")
-        if delivery.partial_images and not facts.previews:
-            raise Refused(
-                400,
-                f"a {facts.pipeline_class.__name__} has no previews: leave partial_images out",
-                param="partial_images",
-                code="ignored_parameter",
-            )
+        require_previews(delivery, facts)
         wanted = admission.admitted(body.request(), facts, service.settings.limits)
         job = job_of(service, wanted, request, user=body.user, previews=delivery.partial_images)
-        if delivery.stream:
-            return _streamed(service, job, delivery)
-        service.line.join(job)
-        result = await finished(service, job, request)
-        pictures = await asyncio.to_thread(encoded, result, delivery)
-        return JSONResponse(
-            _body(service, job, result, pictures, delivery, request), headers=_headers(job)
-        )
-
-    @routes.post("/edits", summary="Not built: every request is refused")
-    async def edits() -> Response:
-        raise Refused(501, "editing pictures is not built: only a prompt is drawn", headers=FINAL)
+        return await answered(service, job, delivery, request)
 
     @routes.get("/{job}/content", summary="A picture whose address was asked for")
     async def content(job: str, variant: int = 0) -> Response:
@@ -67,6 +51,29 @@ def router(service: Service) -> APIRouter:
         return Response(picture.data, media_type=picture.media_type)
 
     return routes
+
+
+async def answered(service: Service, job: Job, delivery: Delivery, request: Request) -> Response:
+    """Puts the job into the line, and brings its pictures at once or step by step."""
+    if delivery.stream:
+        return _streamed(service, job, delivery)
+    service.line.join(job)
+    result = await finished(service, job, request)
+    pictures = await asyncio.to_thread(encoded, result, delivery)
+    return JSONResponse(
+        _body(service, job, result, pictures, delivery, request), headers=_headers(job)
+    )
+
+
+def require_previews(delivery: Delivery, facts: Facts) -> None:
+    """Raises Refused, 400, where previews are asked for and there are none."""
+    if delivery.partial_images and not facts.previews:
+        raise Refused(
+            400,
+            f"a {facts.pipeline_class.__name__} has no previews: leave partial_images out",
+            param="partial_images",
+            code="ignored_parameter",
+        )
 
 
 def job_of(
@@ -215,17 +222,17 @@ async def _events(
     shown = 0
     try:
         if delivery.progress:
-            yield _progress(service, job)
+            yield _progress(service, job, delivery)
         while not job.outcome.done():
             try:
                 preview = await asyncio.wait_for(inbox.get(), _patience(job))
             except TimeoutError:
                 if job.why_stopped is not None:
                     break
-                yield _progress(service, job) if delivery.progress else ": waiting\n\n"
+                yield _progress(service, job, delivery) if delivery.progress else ": waiting\n\n"
                 continue
             if delivery.progress:
-                yield _progress(service, job)
+                yield _progress(service, job, delivery)
             if preview is not None:
                 yield await _partial(job, preview, delivery, shown)
                 shown += 1
@@ -250,7 +257,7 @@ async def _ending(service: Service, job: Job, delivery: Delivery) -> AsyncIterat
         return
     for picture in await asyncio.to_thread(encoded, result, delivery):
         yield _event(
-            "image_generation.completed",
+            f"{delivery.events}.completed",
             {
                 "created_at": int(time.time()),
                 "b64_json": _text(picture),
@@ -274,7 +281,7 @@ async def _partial(job: Job, preview: Preview, delivery: Delivery, index: int) -
     picture = await asyncio.to_thread(encode, preview.image, delivery)
     width, height = preview.image.size
     return _event(
-        "image_generation.partial_image",
+        f"{delivery.events}.partial_image",
         {
             "b64_json": _text(picture),
             "partial_image_index": index,
@@ -290,10 +297,10 @@ async def _partial(job: Job, preview: Preview, delivery: Delivery, index: int) -
     )
 
 
-def _progress(service: Service, job: Job) -> str:
+def _progress(service: Service, job: Job, delivery: Delivery) -> str:
     waits = job.state is State.QUEUED
     return _event(
-        "image_generation.progress",
+        f"{delivery.events}.progress",
         {
             **job.to_json(),
             "position": service.line.position(job) if waits else 0,

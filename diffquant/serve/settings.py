@@ -13,6 +13,7 @@ class Limits:
     side, pixels   of one picture
     prompt         characters
     body, upload   bytes of a JSON body and of a multipart one
+    uploaded       pixels of one picture that comes in
     """
 
     side: int = 4096
@@ -23,6 +24,7 @@ class Limits:
     prompt: int = 8000
     body: int = 256 * 1024
     upload: int = 32 * 1024 * 1024
+    uploaded: int = 4096 * 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

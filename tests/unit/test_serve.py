@@ -148,11 +148,6 @@ def test_prometheus_sees_pictures_and_answers(served: Served) -> None:
     assert float(told["diffquant_queue_length"]) == 0
 
 
-def test_editing_is_refused_in_words(served: Served) -> None:
-    with pytest.raises(openai.InternalServerError, match="editing pictures is not built"):
-        served.openai.images.edit(image=b"\x89PNG", prompt="bluer")
-
-
 # step by step
 
 
