@@ -65,7 +65,7 @@ def quantized(x_MK: Tensor, activation: Activation, parts: Mapping[Role, Tensor]
         unsigned=activation.unsigned,
     )
     encoded = codec.encode(x_MK.float(), encoding, recipe)
-    return codec.decode(_joined(encoded), encoding, (x_MK.shape[0], x_MK.shape[1]))
+    return codec.decode(_joined(encoded, encoding), encoding, (x_MK.shape[0], x_MK.shape[1]))
 
 
 def encoding_of(activation: Activation) -> Encoding:
@@ -86,11 +86,13 @@ def _stored(role: Role, activation: Activation, parts: Mapping[Role, Tensor]) ->
     return parts[role].float().reshape(())
 
 
-def _joined(encoded: Mapping[Role, Tensor]) -> Mapping[Role, Tensor]:
-    """Block scale times tensor scale as one float32 block scale, where there are both."""
+def _joined(encoded: Mapping[Role, Tensor], encoding: Encoding) -> Mapping[Role, Tensor]:
+    """Block scale and tensor scale as one float32 block scale, where there are both."""
     if not {Role.BLOCK_SCALE, Role.TENSOR_SCALE} <= encoded.keys():
         return encoded
-    joined = encoded[Role.BLOCK_SCALE].float() * encoded[Role.TENSOR_SCALE]
+    block, outer = encoded[Role.BLOCK_SCALE].float(), encoded[Role.TENSOR_SCALE]
+    divides = encoding.option("tensor_scale", "multiply") == "divide"
+    joined = block / outer if divides else block * outer
     one = torch.ones_like(encoded[Role.TENSOR_SCALE])
     return {**encoded, Role.BLOCK_SCALE: joined, Role.TENSOR_SCALE: one}
 

@@ -58,16 +58,19 @@ def decode(
 def encode(values_NK: "Tensor", encoding: Encoding, recipe: Recipe) -> "dict[Role, Tensor]":
     """Nearest E2M1, ties to even; block scales rounded to e4m3 and never below 2^-9.
 
-    A given `recipe.scale` is the outer scale: of the tensor, or of every row.
+    A given `recipe.scale` is the outer scale, as the encoding stores it: of the tensor, or of every
+    row.
     """
     cell = Cell(1, group_of(encoding))
     if encoding.option("outer", "") == "none":
         return _without_outer(values_NK, cell)
-    outer = _outer(values_NK, recipe)
+    divides = encoding.option("tensor_scale", "multiply") == "divide"
+    outer = _outer(values_NK, recipe, divides)
     block = _block_scale(values_NK, cell, outer)
     codes = _codes(values_NK, Grid(block.float(), cell), outer)
     role = Role.TENSOR_SCALE if outer.values.ndim == 0 else Role.CHANNEL_SCALE
-    return {Role.CODES: codes, Role.BLOCK_SCALE: block, role: outer.values.squeeze()}
+    told = outer.values.squeeze()
+    return {Role.CODES: codes, Role.BLOCK_SCALE: block, role: 1 / told if divides else told}
 
 
 def group_of(encoding: Encoding) -> int:
@@ -95,12 +98,13 @@ def _scales(
     return scales
 
 
-def _outer(values_NK: "Tensor", recipe: Recipe) -> Grid:
+def _outer(values_NK: "Tensor", recipe: Recipe, divides: bool) -> Grid:
+    """The scale that multiplies, of the tensor or of every row."""
     shape_NK = (values_NK.shape[0], values_NK.shape[1])
     if recipe.scale is None:
         scale = amax(values_NK, Cell(*shape_NK)).float() / (e2m1.LARGEST * LARGEST_SCALE)
         return tensor_grid(scale, shape_NK)
-    given = recipe.scale.float()
+    given = 1 / recipe.scale.float() if divides else recipe.scale.float()
     return tensor_grid(given, shape_NK) if given.numel() == 1 else channel_grid(given, shape_NK)
 
 

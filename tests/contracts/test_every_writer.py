@@ -25,7 +25,15 @@ WRITERS = exporting.writable()
 #: The one plain model among them; others are what quantized ones were made from.
 PLAIN = "modelopt/wan/bf16"
 #: How many checkpoints each dialect can say at least, so that a writer cannot refuse its way through.
-SAID = {"modelopt": 20, "comfy": 20, "fp8": 5, "nunchaku": 1, "bfl": 1, "diffusers": 1}
+SAID = {
+    "modelopt": 20,
+    "comfy": 20,
+    "fp8": 5,
+    "nunchaku": 1,
+    "bfl": 1,
+    "diffusers": 1,
+    "compressed_tensors": 12,
+}
 
 
 @cache
