@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffquant import headers, sources
 from diffquant.families import FAMILIES, Family, spelled
-from diffquant.tensors import Weights
+from diffquant.tensors import Passing, Weights
 
 #: Names the peer's tool writes into `ignore` instead of diffusers' own.
 PEER_NAMES = (
@@ -34,7 +34,7 @@ class Component:
     def open(source: str, fresh: bool = False) -> "Component":
         found = sources.checkpoint(source)
         header = headers.read(found.files)
-        return Component(found.root, found.config, header, Weights(found.files), fresh)
+        return Component(found.root, found.config, header, Passing(found.files), fresh)
 
     def tensor(self, name: str) -> Tensor:
         return self.weights.tensor(self.header.tensors[name].file, name)

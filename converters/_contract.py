@@ -15,20 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import click
-
 from diffquant import exporting, headers, online, planner, sources
 from diffquant.converters._component import spellings
 from diffquant.converters._options import Choosing, Writing
 from diffquant.converters._progress import Bar, bar
-from diffquant.converters._report import Report, compared
+from diffquant.converters._report import Report, compared, tell
 from diffquant.errors import ConvertError, UsageError
 from diffquant.exporting import Prepared
 from diffquant.families import FAMILIES
 from diffquant.online import Online, Stay
 from diffquant.plan import Plan
 from diffquant.sources import Checkpoint
-from diffquant.writing import Check
+from diffquant.writing import Check, require_absent
+
+__all__ = ["Converted", "convert", "plain", "quantized", "tell", "typed"]
 
 GENERIC = "generic"
 
@@ -153,15 +153,6 @@ def convert(plan: Plan, truth: Plan, dialect: str, writing: Writing) -> Converte
     return Converted(plan=plan, prepared=prepared, kept=kept, files=files, report=reports[0])
 
 
-def tell(done: Converted, writing: Writing) -> None:
-    """The worst layers for people on stderr, everything as JSON on stdout."""
-    if done.report.layers:
-        click.echo(done.report.table(), err=True)
-    if writing.dry_run:
-        click.echo(f"nothing written (--dry-run): {writing.output_dir}", err=True)
-    click.echo(json.dumps(done.to_json(), indent=2))
-
-
 def _check(
     prepared: Prepared, truth: Plan, writing: Writing, reports: list[Report], shown: Bar
 ) -> Check:
@@ -176,9 +167,7 @@ def _check(
         )
         plan = planner.plan(written, headers.read(files), config=truth.config)
         report = compared(plan, truth, shown.told("checking"))
-        if writing.report is not None:
-            report.save(writing.report)
-        report.require(writing.max_error)
+        report.judge(writing)
         reports.append(report)
 
     return check
@@ -187,8 +176,7 @@ def _check(
 def _require_room(prepared: Prepared, writing: Writing) -> None:
     """What `exporting.save` would refuse, said by a dry run too."""
     output = writing.output_dir
-    if output.exists() and not writing.overwrite:
-        raise ConvertError(f"{str(output)!r} exists", hint="--overwrite replaces it")
+    require_absent(output, writing.overwrite)
     if prepared.is_folder == (output.suffix == ".safetensors"):
         kind = "a folder" if prepared.is_folder else "one .safetensors file"
         raise UsageError(f"{prepared.format} is {kind}, --output-dir {output} names something else")

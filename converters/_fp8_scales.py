@@ -4,8 +4,7 @@ Per layer: beside stored FP8 codes, else in the `_amax` buffers of backbone.pt, 
 native save; for plain weights in the weights themselves and a calibration file.
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -14,8 +13,9 @@ from pickle import UnpicklingError  # noqa: TID251 - raised by torch.load(weight
 import torch
 from torch import Tensor
 
-from diffquant import patterns
 from diffquant.converters._component import Component
+from diffquant.converters._inputs import amax
+from diffquant.converters._options import Calibration
 from diffquant.errors import ConvertError, UsageError
 
 FP8 = "F8_E4M3"
@@ -36,8 +36,10 @@ def source_and_scales(
     export: str | None,
     backbone: Path | None,
     from_bf16: str | None,
-    calibration: Path | None,
+    calibration: Calibration,
     maxbound: float,
+    *,
+    dry_run: bool = False,
 ) -> tuple[Component, dict[str, Scales]]:
     """The component to convert, and the scales known for its layers."""
     if (export is None) == (from_bf16 is None):
@@ -50,9 +52,10 @@ def source_and_scales(
             )
         plain = Component.open(from_bf16, fresh=True)
         _require_unquantized(plain)
-        return plain, _measured(plain, calibration, maxbound)
-    if calibration is not None:
-        raise UsageError("--calibration goes with --from-bf16; an export has its own scales")
+        seen = amax(calibration, from_bf16, plain.modules(), dry_run=dry_run)
+        return plain, _measured(plain, seen, maxbound)
+    if calibration != Calibration():
+        raise UsageError("calibration goes with --from-bf16; an export has its own scales")
     component = Component.open(str(export))
     _require_fp8(component)
     buffers = {name: component.tensor for name in component.header.tensors if "_amax" in name}
@@ -170,16 +173,16 @@ def _stored_scale(component: Component, name: str) -> Tensor:
     return _nonzero(component.tensor(name).float().reshape(1))
 
 
-def _measured(component: Component, calibration: Path | None, maxbound: float) -> dict[str, Scales]:
-    """Scales of every matrix from its own values, and of inputs from the calibration file."""
-    modules = component.modules()
-    inputs = _calibrated(calibration, modules)
+def _measured(
+    component: Component, inputs: Mapping[str, float], maxbound: float
+) -> dict[str, Scales]:
+    """Scales of every matrix from its own values, and of inputs from what calibration saw."""
     return {
         module: Scales(
             cache(partial(_measure, component, module, maxbound)),
             torch.tensor([inputs[module] / maxbound]) if inputs.get(module) else None,
         )
-        for module in modules
+        for module in component.modules()
         if len(component.weight(module).shape) == 2
     }
 
@@ -187,17 +190,3 @@ def _measured(component: Component, calibration: Path | None, maxbound: float) -
 def _measure(component: Component, module: str, maxbound: float) -> Tensor:
     low, high = component.tensor(f"{module}.weight").aminmax()
     return _scale(module, torch.maximum(-low, high), maxbound)
-
-
-def _calibrated(path: Path | None, modules: Sequence[str]) -> dict[str, float]:
-    if path is None:
-        return {}
-    table: dict[str, float] = json.loads(path.read_text("utf-8"))
-    unknown = [name for name in table if name not in modules]
-    if unknown:
-        near = patterns.nearest(unknown[0], modules)
-        raise ConvertError(
-            f"calibration speaks of {unknown[0]!r}, which the model does not have",
-            hint=f"nearest: {', '.join(near)}" if near else None,
-        )
-    return table

@@ -5,13 +5,16 @@ Letters: N output features, K input features.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import click
+
+from diffquant.converters._options import Writing
 from diffquant.errors import ConvertError
 from diffquant.fidelity import LayerFidelity, Running
 from diffquant.pieces import dense
@@ -35,8 +38,12 @@ class Report:
     def worst(self) -> tuple[LayerFidelity, ...]:
         return self.layers[:WORST]
 
-    def require(self, max_error: float | None) -> None:
-        """Raises ConvertError when a layer lost a larger part of its weight than that."""
+    def judge(self, writing: Writing) -> None:
+        """Saves it where that was asked. Raises ConvertError when a layer lost a larger part of its
+        weight than --max-error."""
+        if writing.report is not None:
+            self.save(writing.report)
+        max_error = writing.max_error
         if max_error is None or not self.layers or _error(self.layers[0]) <= max_error:
             return
         over = sum(_error(layer) > max_error for layer in self.layers)
@@ -78,6 +85,15 @@ class Report:
             )
             for row in rows
         )
+
+
+def tell(report: Report, told: Mapping[str, Any], writing: Writing) -> None:
+    """The worst layers for people on stderr, everything as JSON on stdout."""
+    if report.layers:
+        click.echo(report.table(), err=True)
+    if writing.dry_run:
+        click.echo(f"nothing written (--dry-run): {writing.output_dir}", err=True)
+    click.echo(json.dumps(told, indent=2))
 
 
 def measured(layers: Iterable[LayerFidelity]) -> Report:

@@ -22,7 +22,7 @@ own exports of FLUX.1 do, code for code; its exports of Wan divide in float32.
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -34,12 +34,21 @@ from torch import Tensor
 from diffquant import patterns, preset
 from diffquant.converters._command import ConverterCommand
 from diffquant.converters._component import Component, family_of, spellings
+from diffquant.converters._fp8_report import Judged
 from diffquant.converters._fp8_scales import FP8, Scales, source_and_scales
+from diffquant.converters._options import (
+    Calibration,
+    Writing,
+    calibration_options,
+    writing_options,
+)
+from diffquant.converters._progress import bar
+from diffquant.converters._report import Report, row_spans, tell
 from diffquant.encodings import ENCODINGS, Recipe
 from diffquant.errors import ConvertError, UsageError
 from diffquant.families import FAMILIES, Family
 from diffquant.plan import Encoding, Role
-from diffquant.writing import GIB, Declared, Progress, write
+from diffquant.writing import Declared, require_absent, write
 
 LARGEST = 448.0
 SCALES = ("weight_scale", "input_scale")
@@ -55,33 +64,42 @@ class Statistics:
     added_scale_tensors: int
     dynamic_inputs: int
     output_shards: int
+    output_bytes: int
     preset: str | None
+    report: Report = field(default_factory=lambda: Report(()))
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts, and what the worst layers lost."""
+        counts = {name: value for name, value in asdict(self).items() if name != "report"}
+        return {**counts, "fidelity": self.report.to_json()}
 
 
 def build(
-    output: Path,
+    writing: Writing,
     *,
     export: str | None = None,
     backbone: Path | None = None,
     from_bf16: str | None = None,
-    calibration: Path | None = None,
+    calibration: Calibration = Calibration(),  # noqa: B008 - frozen
     base: str | None = None,
     model_type: str = "auto",
     keep_bf16: Sequence[str] = (),
     maxbound: float = LARGEST,
-    max_shard_size: int = 10 * GIB,
-    overwrite: bool = False,
-    on_progress: Progress | None = None,
 ) -> Statistics:
-    """Write the FP8 transformer to `output`; one of `export` and `from_bf16` names the weights.
+    """Write the FP8 transformer; one of `export` and `from_bf16` names the weights.
 
+    calibration  where input scales of plain weights come from; layers it lacks are quantized
+                 dynamically
+    base         the BF16 transformer: kept layers come from it, and the report compares with it
     keep_bf16    regular expressions, searched in module names
-    calibration  JSON: layer -> amax of its input; layers it lacks are quantized dynamically
 
-    Raises ConvertError for what is no per-tensor FP8 source, UsageError for options that match
-    nothing, PresetError for a preset that does not fit, SourceError for what cannot be found.
+    Raises ConvertError for what is no per-tensor FP8 source and for a layer that lost more than
+    `writing.max_error`, UsageError for options that match nothing, PresetError for a preset that
+    does not fit, SourceError for what cannot be found.
     """
-    source, measured = source_and_scales(export, backbone, from_bf16, calibration, maxbound)
+    source, measured = source_and_scales(
+        export, backbone, from_bf16, calibration, maxbound, dry_run=writing.dry_run
+    )
     family = family_of(source)
     chosen = _preset(model_type, family, source)
     kept = _kept(source, family, chosen, keep_bf16)
@@ -90,18 +108,26 @@ def build(
     stored = list(_declared(source, original, layers))
     block = _quantization_config(source, family, layers)
     config = {**source.config, "quantization_config": block}
-    written = write(
-        output,
-        stored,
-        origin=_origin(source, original, backbone, calibration, maxbound),
-        beside=source.root,
-        config=config,
-        metadata=_metadata(config),
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        on_progress=on_progress,
-    )
-    return _statistics(layers, source, len(written.shards), chosen)
+    done = _statistics(layers, source, stored, chosen)
+    if writing.dry_run:
+        require_absent(writing.output_dir, writing.overwrite)
+        return done
+    scales = {module: layer.scales for module, layer in layers.items() if layer.scales is not None}
+    judged = Judged(scales, source, original, writing)
+    with bar() as shown:
+        written = write(
+            writing.output_dir,
+            stored,
+            origin=_origin(source, original, backbone, layers, maxbound),
+            beside=source.root,
+            config=config,
+            metadata=_metadata(config),
+            max_shard_size=writing.shard_bytes,
+            overwrite=writing.overwrite,
+            check=judged.check(shown.told("checking")),
+            on_progress=shown.told("writing"),
+        )
+    return replace(done, output_shards=len(written.shards), report=judged.report)
 
 
 # which layers stay ----------------------------------------------------------------------------------
@@ -282,15 +308,19 @@ def _codes(source: Component, module: str, scale: Callable[[], Tensor]) -> Tenso
     A ModelOpt export of zeros has a scale of zero and NaN codes; they are zeros here.
     """
     weight = source.tensor(f"{module}.weight")
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    recipe = Recipe(granularity="tensor", scale=scale().reshape(()))
+    for rows in row_spans((weight.shape[0], weight.shape[1])):
+        codes[rows.as_slice()] = _coded(weight[rows.as_slice()], source.fresh, recipe)
+    return codes
+
+
+def _coded(weight: Tensor, fresh: bool, recipe: Recipe) -> Tensor:
     if weight.dtype == torch.float8_e4m3fn:
-        finite: Tensor = weight.float().nan_to_num_(nan=0.0).to(weight.dtype)
-        return finite
-    values = weight if source.fresh else weight.float()
+        return weight.float().nan_to_num_(nan=0.0).to(weight.dtype)
     encode = ENCODINGS.load("fp8").encode
     assert encode is not None, "fp8 can be written"
-    recipe = Recipe(granularity="tensor", scale=scale().reshape(()))
-    codes: Tensor = encode(values, Encoding("fp8"), recipe)[Role.CODES]
-    return codes
+    return encode(weight if fresh else weight.float(), Encoding("fp8"), recipe)[Role.CODES]
 
 
 def _quantization_config(
@@ -339,18 +369,27 @@ def _origin(
     source: Component,
     base: Component | None,
     backbone: Path | None,
-    calibration: Path | None,
+    layers: Mapping[str, _Layer],
     maxbound: float,
 ) -> str:
     """Names everything the data depends on, so that only a run of the same inputs is resumed."""
     weights = [*source.header.files, *(base.header.files if base else ())]
-    files = [*weights, *(path for path in (backbone, calibration) if path is not None)]
+    files = [*weights, *([] if backbone is None else [backbone])]
     facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return json.dumps([facts, maxbound])
+    found = ((module, layer.scales) for module, layer in layers.items())
+    inputs = {
+        module: float(scales.input)
+        for module, scales in found
+        if scales is not None and scales.input is not None
+    }
+    return json.dumps([facts, inputs, maxbound])
 
 
 def _statistics(
-    layers: Mapping[str, _Layer], source: Component, shards: int, chosen: preset.Preset | None
+    layers: Mapping[str, _Layer],
+    source: Component,
+    stored: Sequence[Declared],
+    chosen: preset.Preset | None,
 ) -> Statistics:
     scaled = [layer.scales for layer in layers.values() if layer.scales is not None]
     fallbacks = sum(layer.fallback for layer in layers.values())
@@ -361,7 +400,8 @@ def _statistics(
         preserved_ignored_weights=len(layers) - len(scaled) - fallbacks,
         added_scale_tensors=2 * len(scaled) - dynamic,
         dynamic_inputs=dynamic,
-        output_shards=shards,
+        output_shards=0,
+        output_bytes=sum(tensor.nbytes for tensor in stored),
         preset=None if chosen is None else chosen.name,
     )
 
@@ -377,37 +417,31 @@ def _statistics(
     help="backbone.pt or its directory; only exports of 0.44 and older need it.",
 )
 @click.option("--from-bf16", metavar="DIR", help="Plain weights to quantize instead of an export.")
-@click.option(
-    "--calibration",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="JSON, layer -> amax of its input; for --from-bf16.",
-)
-@click.option("--output-dir", required=True, type=click.Path(path_type=Path))
+@calibration_options
 @click.option(
     "--base-transformer-dir", metavar="DIR", help="The BF16 transformer that kept layers come from."
 )
 @click.option("--model-type", default="auto", show_default=True, help="auto, none, or a family.")
 @click.option("--keep-bf16-pattern", multiple=True, metavar="REGEX", help="May be repeated.")
 @click.option("--maxbound", default=LARGEST, show_default=True)
-@click.option("--overwrite", is_flag=True, help="Replace the output directory.")
+@writing_options
 def main(
     modelopt_hf_dir: str | None,
     modelopt_backbone_ckpt: Path | None,
     from_bf16: str | None,
-    calibration: Path | None,
-    output_dir: Path,
+    calibration: Calibration,
     base_transformer_dir: str | None,
     model_type: str,
     keep_bf16_pattern: tuple[str, ...],
     maxbound: float,
-    overwrite: bool,
+    writing: Writing,
 ) -> None:
     """Build a per-tensor FP8 transformer from a ModelOpt export or from plain weights.
 
-    Prints what was done as JSON.
+    Prints what was done as JSON, and the layers that lost most on stderr.
     """
     done = build(
-        output_dir,
+        writing,
         export=modelopt_hf_dir,
         backbone=modelopt_backbone_ckpt,
         from_bf16=from_bf16,
@@ -416,9 +450,8 @@ def main(
         model_type=model_type,
         keep_bf16=keep_bf16_pattern,
         maxbound=maxbound,
-        overwrite=overwrite,
     )
-    click.echo(json.dumps(asdict(done), indent=2))
+    tell(done.report, done.to_json(), writing)
 
 
 if __name__ == "__main__":

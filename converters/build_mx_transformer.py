@@ -58,7 +58,8 @@ def main(from_bf16: str, encoding: str, dialect: str, choosing: Choosing, writin
 
     Prints what was done as JSON, and the layers that lost most on stderr.
     """
-    tell(build(from_bf16, writing, encoding=encoding, dialect=dialect, choosing=choosing), writing)
+    done = build(from_bf16, writing, encoding=encoding, dialect=dialect, choosing=choosing)
+    tell(done.report, done.to_json(), writing)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from diffquant import headers, planner, settle, sources
+from diffquant.classes import kept_float32, skeleton
 from diffquant.converters._command import ConverterCommand
 from diffquant.errors import ConvertError
 from diffquant.formats import NO_HINTS, Hints
 from diffquant.loading import described_by
-from diffquant.materialize import is_kept, kept_float32, plain_value, skeleton
+from diffquant.materialize import is_kept, plain_value
 from diffquant.pieces import dense
 from diffquant.plan import Plan
 from diffquant.sources import Checkpoint

@@ -102,7 +102,7 @@ def write(
     shards = _shards(tensors, stem, max_shard_size, {"format": "pt", **(metadata or {})})
     partial = _Partial(output.with_name(f"{output.name}.partial"), _digest(shards, origin))
     _put_back(output)
-    _require_absent(output, overwrite)
+    require_absent(output, overwrite)
     partial.open()
     with partial:
         finished = [shard for shard in shards if partial.holds(shard)]
@@ -141,7 +141,7 @@ def write_file(
 ) -> Path:
     """Write one file and nothing beside it, whole or not at all. Raises as `write` does."""
     path = Path(os.path.abspath(path))
-    _require_absent(path, overwrite)
+    require_absent(path, overwrite)
     (shard,) = _shards(tensors, path.stem, 1 << 63, metadata or {})
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
@@ -336,7 +336,8 @@ def _put_back(output: Path) -> None:
         old.rename(output)
 
 
-def _require_absent(output: Path, overwrite: bool) -> None:
+def require_absent(output: Path, overwrite: bool) -> None:
+    """Raises ConvertError when the output is in the way."""
     if output.exists() and not overwrite:
         raise ConvertError(f"{str(output)!r} exists", hint="--overwrite replaces it")
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffquant import preset
+from diffquant.converters._options import Calibration, Writing
 from diffquant.converters.build_modelopt_fp8_transformer import build, main
 from diffquant.errors import ConvertError, UsageError
 from diffquant.families import FAMILIES
@@ -57,7 +58,7 @@ def flux(data: Path) -> dict[str, Any]:
 def test_flux_equals_the_peer_byte_for_byte(
     data: Path, flux: dict[str, Any], tmp_path: Path
 ) -> None:
-    done = build(tmp_path / "out", **flux)
+    done = build(Writing(output_dir=tmp_path / "out"), **flux)
     expected, settings = peer(data, "flux")
     assert digests(tmp_path / "out" / WEIGHTS) == expected
     assert done.preset == "flux1-fp8"
@@ -76,7 +77,11 @@ def test_flux_equals_the_peer_byte_for_byte(
 
 def test_wan_equals_the_peer_but_for_its_convolution_in_fp8(data: Path, tmp_path: Path) -> None:
     case = data / "modelopt" / "wan"
-    build(tmp_path / "out", export=str(case / "fp8"), backbone=case / "fp8_backbone.pt")
+    build(
+        Writing(output_dir=tmp_path / "out"),
+        export=str(case / "fp8"),
+        backbone=case / "fp8_backbone.pt",
+    )
     expected, settings = peer(data, "wan")
     ours = digests(tmp_path / "out" / WEIGHTS)
     # Different on purpose: patch_embedding is a Conv3d, for which FP8 has no kernel anywhere.
@@ -100,8 +105,8 @@ def test_the_backbone_is_not_needed_for_an_export_that_has_its_scales(
 ) -> None:
     case = data / "modelopt" / family
     arguments = {"export": str(case / "fp8"), "base": flux["base"] if family == "flux" else None}
-    build(tmp_path / "with", **arguments, backbone=case / "fp8_backbone.pt")
-    build(tmp_path / "without", **arguments)
+    build(Writing(output_dir=tmp_path / "with"), **arguments, backbone=case / "fp8_backbone.pt")
+    build(Writing(output_dir=tmp_path / "without"), **arguments)
     assert digests(tmp_path / "with" / WEIGHTS) == digests(tmp_path / "without" / WEIGHTS)
 
 
@@ -113,10 +118,10 @@ def test_an_old_export_left_in_bf16_is_quantized_with_the_backbone(
     settings = {**config(case / "bf16"), "quantization_config": block}
     export = str(save(tmp_path / "old", read(case / "bf16"), **settings))
     with pytest.raises(ConvertError, match=r"no FP8 scales") as refused:
-        build(tmp_path / "out", export=export)
+        build(Writing(output_dir=tmp_path / "out"), export=export)
     assert "--modelopt-backbone-ckpt" in str(refused.value.hint)
     build(
-        tmp_path / "out",
+        Writing(output_dir=tmp_path / "out"),
         export=export,
         backbone=case / "fp8_backbone.pt",
         model_type="none",
@@ -129,7 +134,7 @@ def test_a_native_save_is_converted_from_its_tensors_alone(data: Path, tmp_path:
     buffers = torch.load(case / "fp8_backbone.pt", weights_only=True)["model_state_dict"]
     native = save(tmp_path / "native", {**read(case / "bf16"), **buffers}, **config(case / "bf16"))
     (native / "modelopt_state.pth").write_bytes(b"a pickle nobody opens")
-    build(tmp_path / "out", export=str(native), model_type="none")
+    build(Writing(output_dir=tmp_path / "out"), export=str(native), model_type="none")
     made = read(tmp_path / "out")
     assert not [name for name in made if "quantizer" in name]
     assert not (tmp_path / "out" / "modelopt_state.pth").exists()
@@ -147,9 +152,9 @@ def test_plain_weights_become_exactly_what_modelopt_makes_of_them(
     }
     (tmp_path / "amax.json").write_text(json.dumps(amax))
     done = build(
-        tmp_path / "out",
+        Writing(output_dir=tmp_path / "out"),
         from_bf16=str(case / "bf16"),
-        calibration=tmp_path / "amax.json",
+        calibration=Calibration(calibration=tmp_path / "amax.json"),
         model_type="none",
         keep_bf16=[PROJ_OUT],
     )
@@ -165,7 +170,7 @@ def test_dividing_in_another_dtype_than_modelopt_is_noticed(data: Path, tmp_path
         for name, tensor in read(case / "bf16").items()
     }
     source = save(tmp_path / "wide", wide, **config(case / "bf16"))
-    build(tmp_path / "out", from_bf16=str(source), model_type="none")
+    build(Writing(output_dir=tmp_path / "out"), from_bf16=str(source), model_type="none")
     name = "transformer_blocks.0.ff.net.2.weight"
     ours, theirs = read(tmp_path / "out")[name].float(), read(case / "fp8")[name].float()
     assert 0.01 < (ours != theirs).float().mean() < 0.06
@@ -187,7 +192,9 @@ def _require_same_scales_and_close_codes(
 
 
 def test_plain_weights_keep_what_preset_and_family_name(data: Path, tmp_path: Path) -> None:
-    done = build(tmp_path / "out", from_bf16=str(data / "modelopt" / "flux" / "bf16"))
+    done = build(
+        Writing(output_dir=tmp_path / "out"), from_bf16=str(data / "modelopt" / "flux" / "bf16")
+    )
     made = read(tmp_path / "out")
     assert done.preset == "flux1-fp8"
     assert made["transformer_blocks.0.attn.to_q.weight"].dtype == torch.float8_e4m3fn
@@ -197,7 +204,7 @@ def test_plain_weights_keep_what_preset_and_family_name(data: Path, tmp_path: Pa
 
 def test_scales_without_a_calibration_are_dynamic_and_say_so(data: Path, tmp_path: Path) -> None:
     source = str(data / "modelopt" / "flux" / "bf16")
-    done = build(tmp_path / "out", from_bf16=source, model_type="none")
+    done = build(Writing(output_dir=tmp_path / "out"), from_bf16=source, model_type="none")
     assert done.dynamic_inputs == done.quantized_weights == done.added_scale_tensors > 0
     block = config(tmp_path / "out")["quantization_config"]
     assert block["config_groups"]["group_0"]["input_activations"]["dynamic"] is True
@@ -207,7 +214,7 @@ def test_scales_without_a_calibration_are_dynamic_and_say_so(data: Path, tmp_pat
 def test_a_layer_of_zeros_becomes_zeros_and_never_nan(tmp_path: Path) -> None:
     weights = {"a.weight": torch.zeros(4, 4), "b.weight": torch.full((4, 4), 2.0)}
     source = save(tmp_path / "plain", weights, _class_name="Unknown")
-    build(tmp_path / "out", from_bf16=str(source), model_type="none")
+    build(Writing(output_dir=tmp_path / "out"), from_bf16=str(source), model_type="none")
     made = read(tmp_path / "out")
     assert not made["a.weight"].float().any()
     assert made["a.weight_scale"].item() == 1.0
@@ -223,20 +230,25 @@ def test_nan_codes_of_an_exported_layer_of_zeros_are_repaired(tmp_path: Path) ->
     }
     block = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": []}
     source = save(tmp_path / "export", tensors, _class_name="X", quantization_config=block)
-    done = build(tmp_path / "out", export=str(source))
+    done = build(Writing(output_dir=tmp_path / "out"), export=str(source))
     assert not read(tmp_path / "out")["a.weight"].float().any()
     assert done.dynamic_inputs == 1, "an input that was never seen has no scale to divide by"
 
 
 def test_values_beyond_the_bound_saturate(tmp_path: Path) -> None:
     source = save(tmp_path / "plain", {"a.weight": torch.tensor([[1.0, -8.0]])}, _class_name="X")
-    build(tmp_path / "out", from_bf16=str(source), model_type="none", maxbound=896.0)
+    build(
+        Writing(output_dir=tmp_path / "out"),
+        from_bf16=str(source),
+        model_type="none",
+        maxbound=896.0,
+    )
     assert read(tmp_path / "out")["a.weight"].float().tolist() == [[112.0, -448.0]]
 
 
 def test_a_kept_layer_stored_in_fp8_needs_the_base(flux: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConvertError, match="is to stay in BF16") as refused:
-        build(tmp_path / "out", export=flux["export"])
+        build(Writing(output_dir=tmp_path / "out"), export=flux["export"])
     assert "--base-transformer-dir" in str(refused.value.hint)
     assert list(tmp_path.iterdir()) == []
 
@@ -245,8 +257,8 @@ def test_a_typed_pattern_keeps_layers_and_one_that_matches_nothing_is_refused(
     flux: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="matches no module"):
-        build(tmp_path / "out", **flux, keep_bf16=["to_qq"])
-    done = build(tmp_path / "out", **flux, keep_bf16=["^x_embedder$"])
+        build(Writing(output_dir=tmp_path / "out"), **flux, keep_bf16=["to_qq"])
+    done = build(Writing(output_dir=tmp_path / "out"), **flux, keep_bf16=["^x_embedder$"])
     base = digests(Path(flux["base"]) / WEIGHTS)
     assert digests(tmp_path / "out" / WEIGHTS)["x_embedder.weight"] == base["x_embedder.weight"]
     assert done.bf16_fallback_weights == 9
@@ -255,7 +267,7 @@ def test_a_typed_pattern_keeps_layers_and_one_that_matches_nothing_is_refused(
 def test_a_base_that_lacks_a_kept_layer_is_refused(flux: dict[str, Any], tmp_path: Path) -> None:
     base = save(tmp_path / "base", {"a.weight": torch.ones(1)}, _class_name="X")
     with pytest.raises(ConvertError, match="the base transformer .* has no"):
-        build(tmp_path / "out", **{**flux, "base": str(base)})
+        build(Writing(output_dir=tmp_path / "out"), **{**flux, "base": str(base)})
 
 
 @pytest.mark.parametrize(
@@ -274,32 +286,36 @@ def test_what_is_no_per_tensor_fp8_export_is_refused_by_name(
     tensors = {"a.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), f"a.{leaf}": torch.ones(4)}
     source = save(tmp_path / "export", tensors, _class_name="X", quantization_config=block)
     with pytest.raises(ConvertError, match=named):
-        build(tmp_path / "out", export=str(source))
+        build(Writing(output_dir=tmp_path / "out"), export=str(source))
 
 
 def test_sources_that_contradict_each_other_are_refused(data: Path, tmp_path: Path) -> None:
     fp8 = str(data / "modelopt" / "wan" / "fp8")
     with pytest.raises(UsageError, match="one source is needed"):
-        build(tmp_path / "out")
+        build(Writing(output_dir=tmp_path / "out"))
     with pytest.raises(ConvertError, match="needs plain weights"):
-        build(tmp_path / "out", from_bf16=fp8)
+        build(Writing(output_dir=tmp_path / "out"), from_bf16=fp8)
     with pytest.raises(UsageError, match="no preset for modelopt_fp8"):
-        build(tmp_path / "out", export=fp8, model_type="wan")
+        build(Writing(output_dir=tmp_path / "out"), export=fp8, model_type="wan")
 
 
 def test_a_backbone_with_code_in_it_is_not_executed(data: Path, tmp_path: Path) -> None:
     torch.save({"model_state_dict": {"a": Path("x")}}, tmp_path / "backbone.pt")
     with pytest.raises(ConvertError, match="is no plain torch state"):
-        build(tmp_path / "out", export=str(data / "modelopt/wan/fp8"), backbone=tmp_path)
+        build(
+            Writing(output_dir=tmp_path / "out"),
+            export=str(data / "modelopt/wan/fp8"),
+            backbone=tmp_path,
+        )
 
 
 def test_a_calibration_of_another_model_is_refused(data: Path, tmp_path: Path) -> None:
     (tmp_path / "amax.json").write_text('{"transformer_blocks.0.attn.to_x": 1.0}')
     with pytest.raises(ConvertError, match="which the model does not have") as refused:
         build(
-            tmp_path / "out",
+            Writing(output_dir=tmp_path / "out"),
             from_bf16=str(data / "modelopt" / "flux" / "bf16"),
-            calibration=tmp_path / "amax.json",
+            calibration=Calibration(calibration=tmp_path / "amax.json"),
         )
     assert "attn.to_" in str(refused.value.hint)
 
@@ -320,7 +336,7 @@ def test_the_command_prints_statistics_and_refuses_with_a_hint(data: Path, tmp_p
 
 
 def test_the_header_says_what_config_json_says(data: Path, tmp_path: Path) -> None:
-    build(tmp_path / "out", export=str(data / "modelopt" / "wan" / "fp8"))
+    build(Writing(output_dir=tmp_path / "out"), export=str(data / "modelopt" / "wan" / "fp8"))
     with safe_open(tmp_path / "out" / WEIGHTS, "pt") as stored:
         metadata = stored.metadata()
     assert (
