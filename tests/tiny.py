@@ -78,11 +78,12 @@ TEXT_TOKENS = 16
 def tiny_flux(**transformer: Any) -> FluxPipeline:
     """A FluxPipeline of 3 MB; keywords change the transformer's config."""
     torch.manual_seed(0)
+    config = {**TRANSFORMER, **transformer}
     parts = {
-        "vae": _vae(),
-        "text_encoder": _clip(),
-        "text_encoder_2": _t5(),
-        "transformer": FluxTransformer2DModel(**{**TRANSFORMER, **transformer}),
+        "vae": _vae((config.get("out_channels") or config["in_channels"]) // 4),
+        "text_encoder": _clip(width=config["pooled_projection_dim"]),
+        "text_encoder_2": _t5(config["joint_attention_dim"]),
+        "transformer": FluxTransformer2DModel(**config),
     }
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
@@ -290,13 +291,13 @@ def _hunyuan_vae() -> AutoencoderKLHunyuanVideo:
     )
 
 
-def _vae() -> AutoencoderKL:
+def _vae(channels: int = 16) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 8),
         layers_per_block=1,
-        latent_channels=16,
+        latent_channels=channels,
         norm_num_groups=4,
         use_quant_conv=False,
         use_post_quant_conv=False,
@@ -305,11 +306,11 @@ def _vae() -> AutoencoderKL:
     )
 
 
-def _clip(tokens: int = TEXT_TOKENS) -> CLIPTextModel:
+def _clip(tokens: int = TEXT_TOKENS, width: int = 64) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=32,
-            hidden_size=64,
+            hidden_size=width,
             intermediate_size=64,
             num_hidden_layers=1,
             num_attention_heads=2,
@@ -322,9 +323,9 @@ def _clip(tokens: int = TEXT_TOKENS) -> CLIPTextModel:
     )
 
 
-def _t5() -> T5EncoderModel:
+def _t5(width: int = 96) -> T5EncoderModel:
     return T5EncoderModel(
-        T5Config(vocab_size=32, d_model=96, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
+        T5Config(vocab_size=32, d_model=width, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from diffquant.compare.metrics import Distance, distance
 from diffquant.compare.trajectory import Call, Capture, Progress, ask, sampled
-from diffquant.fidelity import LEFT, LayerFidelity, compare_plans, layer_fidelity, ranked
+from diffquant.fidelity import BIAS, LEFT, LayerFidelity, compare_plans, layer_fidelity, ranked
 from diffquant.kernels import KERNELS, spec_of
 from diffquant.kernels._operator import multiplier
 from diffquant.linear import QuantLinear
@@ -85,7 +85,8 @@ def one_step(
 ) -> tuple[OneStep, ...]:
     """Every kept call of the reference, asked again."""
     answers = []
-    for index, call in enumerate(reference.calls, start=1):
+    calls = [call for call in reference.calls if call.component in modules]
+    for index, call in enumerate(calls, start=1):
         module = modules[call.component]
         given = ask(module, call, reference.blobs, _device(module))
         answers.append(
@@ -95,7 +96,7 @@ def one_step(
                 distance=distance(reference.blobs[call.output], given),
             )
         )
-        on_progress("asking the reference's questions", index, len(reference.calls))
+        on_progress("asking the reference's questions", index, len(calls))
     return tuple(answers)
 
 
@@ -119,7 +120,7 @@ def layers(
         if isinstance(module, QuantLinear):
             kernels[path] = kernel_error(module, dry, path, rows)
 
-    for call in reference.middle_calls():
+    for call in reference.middle_calls(modules):
         with _linears_watched(call.component, modules[call.component], judge):
             _ = ask(
                 modules[call.component], call, reference.blobs, _device(modules[call.component])
@@ -156,12 +157,15 @@ def kernel_error(module: QuantLinear, dry: DryRun, path: str, rows: Tensor) -> f
 def weights_answer(
     candidate: DryRun, reference: DryRun, modules: Mapping[str, nn.Module]
 ) -> dict[str, LayerFidelity]:
-    """Decoded weights of every component that differs from the base's, by component and path.
+    """Decoded weights of every component that differs from the base's, by component and path; one
+    that the base's pipeline loads by itself, such as a VAE, has no plan to be held against.
 
     Weights quantized while loading lie in no file: they are decoded from the `modules`.
     """
     found: dict[str, LayerFidelity] = {}
     for component, plan in candidate.plans.items():
+        if component not in reference.plans:
+            continue
         base = _settled(reference, component, reference.plans[component])
         if _is_recoded(plan):
             measured = tuple(ranked(list(_online_weights(modules[component], base))))
@@ -178,9 +182,17 @@ def defects_of(weights: Mapping[str, LayerFidelity]) -> Iterator[str]:
     for path, each in weights.items():
         if each.suspicion == LEFT or not each.is_outlier():
             continue
-        lost = "" if each.fidelity is None else f": weight error {each.fidelity.relative_error:.3g}"
+        lost = _lost(each)
         said = f" ({each.suspicion})" if each.suspicion else f", {each.factor:.1f} times its like"
         yield f"{path}{lost}{said}"
+
+
+def _lost(each: LayerFidelity) -> str:
+    if each.fidelity is None:
+        return ""
+    if each.bias_error > BIAS:
+        return f": bias error {each.bias_error:.3g}"
+    return f": weight error {each.fidelity.relative_error:.3g}"
 
 
 def _is_recoded(plan: Plan) -> bool:

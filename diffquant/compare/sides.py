@@ -128,7 +128,7 @@ def captured(here: Loaded, requests: Sequence[Request], on_progress: Progress) -
     return replace(
         capture,
         conditions={**standing(here), **_of_drawing(capture)},
-        layers=outputs(here.modules, capture.middle_calls(), capture.blobs),
+        layers=outputs(here.modules, capture.middle_calls(here.modules), capture.blobs),
     )
 
 

@@ -16,7 +16,7 @@ import inspect
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -92,11 +92,12 @@ class Capture:
     def requests(self) -> tuple[Request, ...]:
         return tuple(each.request for each in self.trajectories)
 
-    def middle_calls(self) -> tuple[Call, ...]:
-        """One call of each transformer, from the middle of those it got."""
+    def middle_calls(self, components: Container[str]) -> tuple[Call, ...]:
+        """One call of each of the components, from the middle of those it got."""
         by_component: dict[str, list[Call]] = {}
         for call in self.calls:
-            by_component.setdefault(call.component, []).append(call)
+            if call.component in components:
+                by_component.setdefault(call.component, []).append(call)
         return tuple(calls[len(calls) // 2] for calls in by_component.values())
 
 

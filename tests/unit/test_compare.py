@@ -17,9 +17,8 @@ from torch import Tensor
 import diffquant
 from diffquant.compare import Question, compare, requests
 from diffquant.compare.asking import sides
-from diffquant.compare.comparison import Candidate, Comparison, mean
+from diffquant.compare.comparison import Candidate, Comparison
 from diffquant.compare.report import page
-from diffquant.compare.sides import unfair
 from diffquant.compare.trajectory import read
 from diffquant.errors import RunError, UsageError
 from diffquant.loading import RunFlags
@@ -138,22 +137,6 @@ def test_a_file_that_is_no_capture_is_refused(tmp_path: Path) -> None:
         read(tmp_path / "nothing.safetensors")
 
 
-def test_unequal_conditions_are_refused_or_told(comparison: Comparison) -> None:
-    there = dict(comparison.conditions)
-    assert list(unfair(there, there)) == []
-    assert list(unfair(there, {**there, "device": "cuda"})) == [
-        "device is cpu for the reference and cuda for the candidate"
-    ]
-    for name in ("scheduler", "dtype", "noise", "attention", "cache"):
-        with pytest.raises(RunError, match=f"unfair: {name} is"):
-            list(unfair(there, {**there, name: "other"}))
-
-
-def test_another_dtype_for_one_side_is_refused(comparison: Comparison, saved: Path) -> None:
-    with pytest.raises(RunError, match="unfair: dtype is 'bfloat16'"):
-        compared(saved_reference=saved, dtype="float32")
-
-
 # ------------------------------------------------------------------------------------- broken files
 
 
@@ -268,11 +251,3 @@ def test_a_reference_that_is_quantized_itself_is_refused(tmp_path: Path) -> None
 def test_a_comparison_without_a_prompt_is_refused() -> None:
     with pytest.raises(UsageError, match="there is no prompt"):
         compared()
-
-
-def test_a_mean_has_an_interval_that_holds_it_and_one_value_has_none() -> None:
-    many = mean([1.0, 2.0, 3.0, 4.0])
-    assert many.low is not None
-    assert many.high is not None
-    assert 1.0 <= many.low < many.value == 2.5 < many.high <= 4.0
-    assert mean([1.0]).low is None
