@@ -7,6 +7,7 @@ says why. Layers that stay say why too, and the notes count them.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 from diffquant import patterns, preset
@@ -225,9 +226,11 @@ def _sensitive(
     rules = {} if chosen is None else preset.kept(chosen, paths)
     name = "" if chosen is None else chosen.name
     found = {path: Stay(f"preset {name}", rule.reason) for path, rule in rules.items()}
-    for pattern in family.sensitive:
+    told_all = chosen is not None and scheme.preset_is_complete
+    for pattern in () if told_all else family.sensitive:
         for path in patterns.select(pattern, paths):
-            found.setdefault(path, Stay(f"family {family_name} calls it sensitive"))
+            reason = family.reasons.get(pattern, "")
+            found.setdefault(path, Stay(f"family {family_name} calls it sensitive", reason))
     return found
 
 
@@ -276,7 +279,7 @@ def _pieces(
     """What the layers become: in the units of the format they are saved as, or each by itself."""
     known = None if scheme.saved_as is None else FORMATS.load(scheme.saved_as)
     if known is not None and known.quantize and set(known.namings) <= family.namings.keys():
-        return known.quantize(plan, frozenset(paths), scheme.recode(), {})
+        return known.quantize(plan, frozenset(paths), scheme.recode())
     shared = _siblings(family, paths)
     return {
         path: tuple(
@@ -301,6 +304,12 @@ def _recoded(layer: LayerPlan, pieces: tuple[Piece, ...], name: str) -> LayerPla
 
 
 def _require_any(plan: Plan, stays: Mapping[str, Stay], online: Online) -> None:
+    if not plan.layers:
+        raise UsageError(
+            f"{FLAG} {online.scheme} reaches nothing: this component has no linear layers, only "
+            f"{_others(plan) or 'norms'}",
+            hint=f"leave {FLAG} out for this component",
+        )
     if len(stays) == len(plan.layers):
         listed = "; ".join(f"{count}: {why}" for why, count in Counter(stays.values()).items())
         raise UsageError(
@@ -313,11 +322,31 @@ def _notes(plan: Plan, stays: Mapping[str, Stay], online: Online) -> Iterator[st
     """Every rule once, with how many layers it keeps."""
     done = [layer for layer in plan.layers if layer.path not in stays]
     yield f"{len(done)} layers are quantized to {online.scheme} while loading"
+    yield _share(plan, done)
     twice = [layer for layer in done if set(_stored(layer)) != {DENSE.name}]
     if twice:
         yield f"{len(twice)} of them are quantized twice: first {_stored(twice[0])[0]}"
     for why, count in Counter(stays.values()).items():
         yield f"{count} {'layer stays' if count == 1 else 'layers stay'}: {why}"
+
+
+def _share(plan: Plan, done: Sequence[LayerPlan]) -> str:
+    """How much of all weights the quantized layers are, and what besides linears there is."""
+    reached = sum(prod(layer.shape_NK) for layer in done)
+    plain = sum(prod(each.shape) for each in plan.plain)
+    share = reached / (sum(prod(layer.shape_NK) for layer in plan.layers) + plain)
+    others = _others(plan)
+    return f"they hold {share:.0%} of its weights" + (f"; {others} stay" if others else "")
+
+
+def _others(plan: Plan) -> str:
+    """`62 convolutions and 2 tables`: weights of more than one dimension that are no linears."""
+    kinds = Counter(
+        "convolution" if len(each.shape) > 2 else "table"
+        for each in plan.plain
+        if each.name.endswith(".weight") and len(each.shape) > 1
+    )
+    return " and ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in kinds.items())
 
 
 def _stored(layer: LayerPlan) -> tuple[str, ...]:

@@ -104,13 +104,21 @@ def identify(checkpoint: Checkpoint, header: Header, hints: Hints = NO_HINTS) ->
 
 def family_of(config: Mapping[str, Any], header: Header) -> str:
     """The family of a module config, else of the stored names; `generic` when none claims them."""
-    class_name = config.get("_class_name")
+    class_name = class_of(config)
     for name, family in FAMILIES.load_all().items():
         if class_name in family.class_names:
             return name
     if class_name is not None:
         return "generic"
     return _family_by_names(header)
+
+
+def class_of(config: Mapping[str, Any]) -> str | None:
+    """The class a module config names: diffusers writes it itself, transformers its architecture."""
+    architectures = config.get("architectures")
+    told = architectures[0] if isinstance(architectures, list) and architectures else None
+    named = config.get("_class_name", told)
+    return None if named is None else str(named)
 
 
 def draft(
@@ -125,13 +133,15 @@ def draft(
     """The plan of one component, and every problem found while making it.
 
     config     the diffusers config of the module; may be {} when the names tell the family
-    inventory  of the module, where the family cannot tell it (any class, from its base checkpoint)
+    inventory  of the module, where the family cannot tell it (any class, from its base checkpoint);
+               where the names of that base are others, the checkpoint's own header tells
     """
     name, proof = (format_name, "") if format_name else identify(checkpoint, header, hints)
     reading = FORMATS.load(name).read(checkpoint, header, hints)
     config = _module_config(config or reading.config or checkpoint.config)
     family_name = family_of(config, header)
     family = FAMILIES.load(family_name)
+    reading = _without_surplus(reading, header, family)
     sheet = _Sheet(header, reading, family, config, inventory)
     layers, plain, problems = sheet.laid_out()
     plan = Plan(
@@ -155,6 +165,35 @@ def plan(checkpoint: Checkpoint, header: Header, **wanted: Any) -> Plan:
     if drawn.problems:
         raise PlanError(_told(checkpoint, drawn), hint=_hinted(drawn))
     return drawn.plan
+
+
+def inventory_of(plan: Plan) -> Inventory:
+    """The module's parameters as the plan fills them."""
+    shapes: dict[str, tuple[int, ...]] = {item.name: item.shape for item in plan.plain}
+    for layer in plan.layers:
+        shapes[f"{layer.path}.weight"] = layer.shape_NK
+        if any(Role.BIAS in piece.roles for piece in layer.pieces):
+            shapes[f"{layer.path}.bias"] = layer.shape_NK[:1]
+    return Inventory(shapes=shapes, linears=frozenset(layer.path for layer in plan.layers))
+
+
+def _without_surplus(reading: Reading, header: Header, family: Family) -> Reading:
+    """Tensors no class of the family has are nobody's, and one of two that are the same."""
+    nobodys = {
+        name: reason
+        for pattern, reason in family.surplus.items()
+        for name in header.tensors
+        if matches(pattern, name)
+    }
+    for name, same in family.tied.items():
+        if name in header.tensors and same in header.tensors:
+            nobodys[name] = f"the same numbers as {same!r}"
+    if not nobodys:
+        return reading
+    layers = tuple(
+        layer for layer in reading.layers if not any(part.tensor in nobodys for part in layer.parts)
+    )
+    return replace(reading, layers=layers, unused={**reading.unused, **nobodys})
 
 
 def _explained(name: str, proofs: Mapping[str, str]) -> bool:
@@ -236,8 +275,10 @@ class _Sheet:
             for name in header.tensors
             if name not in mentioned and name not in reading.unused
         }
-        if inventory is None and config and family.class_names:
+        if inventory is None and config and family.is_described:
             inventory = family.inventory(config)
+        elif inventory is not None and not family.is_described:
+            inventory = self._agreeing(inventory)
         self.prefix, self.naming = self._naming(inventory)
         self.config = dict(config) or self._inferred()
         self.inventory = inventory or self._inventory()
@@ -268,14 +309,14 @@ class _Sheet:
     def _naming(self, inventory: Inventory | None) -> tuple[str, Naming]:
         """The prefix and naming under which most stored names belong to a module of the inventory;
         without one, the naming that renames most. The first wins among equals."""
-        names = [layer.name for layer in self.reading.layers]
-        names += dict.fromkeys(_split(name)[0] for name in self.rest)
+        names = self._stored_modules()
         if self.reading.naming is not None:
             namings = {self.reading.naming: self.family.namings[self.reading.naming]}
         else:
             namings = dict(self.family.namings)
+        prefixes = PREFIXES if self.family.part == "transformer" else PREFIXES[:1]
         prefix = self.reading.strip or max(
-            PREFIXES, key=lambda text: (sum(name.startswith(text) for name in names), len(text))
+            prefixes, key=lambda text: (sum(name.startswith(text) for name in names), len(text))
         )
         stripped = [name.removeprefix(prefix) for name in names]
         if inventory is None:
@@ -285,6 +326,17 @@ class _Sheet:
         else:
             scores = [_owned(naming, stripped, inventory) for naming in namings.values()]
         return prefix, list(namings.values())[scores.index(max(scores))]
+
+    def _stored_modules(self) -> list[str]:
+        names = [layer.name for layer in self.reading.layers]
+        return names + list(dict.fromkeys(_split(name)[0] for name in self.rest))
+
+    def _agreeing(self, inventory: Inventory) -> Inventory | None:
+        """The base's inventory, unless the file spells most names in another way: which of two
+        spellings is the class's own is known once there is a class."""
+        names = self._stored_modules()
+        known = max(_owned(each, names, inventory) for each in self.family.namings.values())
+        return inventory if 2 * known >= len(names) else None
 
     def _rule(self, name: str) -> Rule | None:
         return located(self.naming, name.removeprefix(self.prefix))
@@ -322,16 +374,21 @@ class _Sheet:
                     yield row + leaf, (n, *shape[1:]) if len(rule.rows) > 1 else shape
 
     def _inventory(self) -> Inventory:
-        if self.config and self.family.class_names:
+        if self.config and self.family.is_described:
             return self.family.inventory(self.config)
         shapes = dict(self._diffusers_shapes())
         quantized = {row for layer in self.reading.layers for row in self._rows(layer.name)}
         matrices = {
             name.removesuffix(".weight")
             for name, shape in shapes.items()
-            if name.endswith(".weight") and len(shape) == 2 and "embed" not in name
+            if name.endswith(".weight") and len(shape) == 2
         }
-        return Inventory(shapes=shapes, linears=frozenset(matrices | quantized))
+        tables = {
+            path
+            for path in matrices | quantized
+            if any(matches(pattern, path) for pattern in self.family.tables)
+        }
+        return Inventory(shapes=shapes, linears=frozenset((matrices | quantized) - tables))
 
     def _rows(self, stored: str) -> tuple[str, ...]:
         rule = self._rule(stored)
@@ -606,7 +663,7 @@ class _Sheet:
             self.problems.append(Problem(layer.path, what))
 
     def _class(self) -> str:
-        return str(self.config.get("_class_name") or "the model")
+        return class_of(self.config) or "the model"
 
     def _ordered(self, placed: Mapping[str, object]) -> list[str]:
         """Module order, so that a plan does not depend on the order of tensors in a file."""

@@ -85,6 +85,7 @@ class ModelFlags:
     quantization: str | None = None
     quantization_ignored_layers: tuple[str, ...] = ()
     quantization_scope: str | None = None
+    quantization_preset: str | None = None
     quantize_all: bool = False
     requantize: bool = False
     component_quantizations: Mapping[str, str] = field(default_factory=dict)
@@ -229,12 +230,20 @@ def resolve(flags: ModelFlags) -> Resolution:
     _require_components(flags, overrides, classes, pipeline)
     overrides = _rule_4b_both_experts(overrides, classes, pipeline, hub, log)
     _rule_4_one_of_two(overrides, classes, log)
+    _require_quantizable(flags, overrides, classes, pipeline)
     components = {
-        name: _component(name, classes[name], overrides.get(name), flags, pipeline, hub, log)
+        name: _component(
+            name,
+            classes[name],
+            overrides.get(name),
+            _about(name, flags, classes),
+            pipeline,
+            hub,
+            log,
+        )
         for name in classes
-        if name in overrides or _is_transformer(name, classes)
+        if name in overrides or name in _named(flags) or _is_transformer(name, classes)
     }
-    _require_quantizable(flags, components, classes)
     return Resolution(
         pipeline=pipeline,
         components=components,
@@ -403,10 +412,10 @@ def _component(
     weights, described = base, base
     if override is not None:
         weights, described = _overridden(override, base, hub, log)
-        _require_class(override, described, class_name)
+        _require_class(override, described, base, class_name)
     _rule_6_chosen(weights, log)
     hints = _rule_7_svdquant(name, override, weights, flags, log)
-    config = _module_config(described.config)
+    config = _classed(_module_config(described.config), class_name, pipeline, name)
     scheme = _rule_8_quantization(name, weights, flags, log)
     ignored = _rule_9_ignored(name, class_name, scheme, weights, config, flags, log)
     return ComponentSource(
@@ -470,14 +479,30 @@ def _overridden(
     return weights, hub.checkpoint(override.path, name)
 
 
-def _require_class(override: _Override, described: Checkpoint, class_name: str) -> None:
-    found = described.config.get("_class_name", class_name)
-    if found != class_name:
-        raise UsageError(
-            f"{override.flag} gives {found}, and {override.component!r} of the pipeline is "
-            f"{class_name}",
-            hint="is this the transformer of another model? see `diffquant inspect`",
-        )
+def _require_class(
+    override: _Override, described: Checkpoint, base: Checkpoint, class_name: str
+) -> None:
+    """diffusers configs name the class, those of transformers a type that several classes share."""
+    for key, wanted in (("_class_name", class_name), ("model_type", base.config.get("model_type"))):
+        found = described.config.get(key, wanted)
+        if wanted is not None and found != wanted:
+            raise UsageError(
+                f"{override.flag} gives {found}, and {override.component!r} of the pipeline is "
+                f"{wanted}",
+                hint=f"is this the {override.component} of another model? see `diffquant inspect`",
+            )
+
+
+def _classed(
+    config: dict[str, Any], class_name: str, pipeline: PipelineFolder, name: str
+) -> dict[str, Any]:
+    """Only diffusers writes the class into the config; of all others the pipeline's index knows it."""
+    library = (pipeline.index or {})[name][0]
+    return (
+        config
+        if library == "diffusers"
+        else {**config, "_class_name": class_name, "_library": library}
+    )
 
 
 def _module_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -633,20 +658,43 @@ def _online(scheme: str | None, ignored: tuple[str, ...], flags: ModelFlags) -> 
         scope=flags.quantization_scope or "all",
         quantize_all=flags.quantize_all,
         requantize=flags.requantize,
+        preset=flags.quantization_preset,
+    )
+
+
+def _named(flags: ModelFlags) -> dict[str, object]:
+    """Components that words about quantization name."""
+    return {**flags.component_quantizations, **flags.component_quantization_ignored_layers}
+
+
+def _about(name: str, flags: ModelFlags, classes: Mapping[str, str]) -> ModelFlags:
+    """The flags as far as they speak of the component: those that name none mean transformers."""
+    if _is_transformer(name, classes):
+        return flags
+    return replace(
+        flags,
+        quantization=None,
+        quantization_ignored_layers=(),
+        quantization_preset=None,
+        enable_svdquant=False,
+        quantization_precision=None,
+        quantization_rank=None,
     )
 
 
 def _require_quantizable(
-    flags: ModelFlags, components: Mapping[str, ComponentSource], classes: Mapping[str, str]
+    flags: ModelFlags,
+    overrides: Mapping[str, _Override],
+    classes: Mapping[str, str],
+    pipeline: PipelineFolder,
 ) -> None:
-    """Words about one component are about a transformer that this run loads itself."""
-    named = {**flags.component_quantizations, **flags.component_quantization_ignored_layers}
-    for name in named:
-        if name not in components:
+    """Words about quantizing one component are about a component that has weights."""
+    weighty = [name for name in classes if sources.weight_sets(pipeline.root / name)]
+    for name in _named(flags):
+        if name not in weighty and name not in overrides:
             raise UsageError(
-                f"{name!r} ({classes.get(name, 'no component')}) is not quantized while loading: "
-                "transformers are",
-                hint=f"one of: {', '.join(components)}",
+                f"{name!r} ({classes[name]}) has no weights to quantize",
+                hint=f"one of: {', '.join(weighty)}",
             )
 
 
@@ -654,6 +702,7 @@ def _require_something_to_quantize(flags: ModelFlags) -> None:
     """Words about how to quantize need a word about what to."""
     typed = {
         "--quantization-scope": flags.quantization_scope,
+        "--quantization-preset": flags.quantization_preset,
         "--quantize-all": flags.quantize_all,
         "--requantize": flags.requantize,
     }
@@ -662,6 +711,11 @@ def _require_something_to_quantize(flags: ModelFlags) -> None:
         raise UsageError(
             f"{named} has nothing to act on: nothing is quantized while loading",
             hint=f"add --quantization NAME, or leave {named} out",
+        )
+    if flags.quantization_preset and flags.quantize_all:
+        raise UsageError(
+            "--quantization-preset keeps layers, and --quantize-all keeps none",
+            hint="leave one of them out",
         )
 
 
@@ -702,7 +756,7 @@ def _rule_9_ignored(
 def _linears(config: Mapping[str, Any], header: headers.Header) -> frozenset[str]:
     """Paths of the module's linears, where its family can tell them."""
     family = FAMILIES.load(planner.family_of(config, header))
-    return family.inventory(config).linears if family.class_names else frozenset()
+    return family.inventory(config).linears if family.is_described else frozenset()
 
 
 # ---------------------------------------------------------------------------------------- questions
@@ -737,7 +791,12 @@ def _asks_for_quantization(flags: ModelFlags) -> bool:
 
 
 def _is_transformer(name: str, classes: Mapping[str, str]) -> bool:
-    known = {cls for family in FAMILIES.load_all().values() for cls in family.class_names}
+    known = {
+        cls
+        for family in FAMILIES.load_all().values()
+        for cls in family.class_names
+        if family.part == "transformer"
+    }
     return classes[name] in known or name.startswith(("transformer", "unet"))
 
 
@@ -749,7 +808,7 @@ def _require_components(
 ) -> None:
     """Every component a flag names exists in the pipeline."""
     named = {name: override.flag for name, override in overrides.items()}
-    named |= {name: _flag_for(name, "quantization") for name in flags.component_quantizations}
+    named |= {name: _flag_for(name, "quantization") for name in _named(flags)}
     for name, flag in named.items():
         if name not in classes:
             near = difflib.get_close_matches(name, classes, n=1) or list(classes)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -433,7 +434,13 @@ def test_rule_8_reaches_one_component_with_words_of_its_own(base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "typed", [{"quantize_all": True}, {"requantize": True}, {"quantization_scope": "mlp"}]
+    "typed",
+    [
+        {"quantize_all": True},
+        {"requantize": True},
+        {"quantization_scope": "mlp"},
+        {"quantization_preset": "flux1-nvfp4"},
+    ],
 )
 def test_words_about_quantizing_need_something_to_quantize_to(
     base: Path, typed: dict[str, Any]
@@ -442,9 +449,42 @@ def test_words_about_quantizing_need_something_to_quantize_to(
         resolve(ModelFlags(model_path=str(base), **typed))
 
 
-def test_what_is_no_transformer_is_not_quantized_and_not_passed_over() -> None:
-    flags = ModelFlags(model_path="emoji_flux", component_quantizations={"text_encoder": "fp8"})
-    with pytest.raises(UsageError, match="'text_encoder' .CLIPTextModel. is not quantized"):
+def test_rule_8_takes_a_preset_in_the_place_of_the_familys_own(base: Path) -> None:
+    flags = ModelFlags(
+        model_path=str(base), quantization="fp8", quantization_preset="flux1-nvfp4"
+    )
+    online = resolve(flags).components["transformer"].online
+    assert online == Online(scheme="fp8", preset="flux1-nvfp4")
+    with pytest.raises(UsageError, match="--quantize-all keeps none"):
+        resolve(replace(flags, quantize_all=True))
+
+
+def test_words_that_name_no_component_mean_transformers() -> None:
+    flags = ModelFlags(
+        model_path="emoji_flux",
+        component_paths={"vae": "emoji_flux/vae"},
+        component_quantizations={"text_encoder": "int8"},
+        quantization="fp8",
+        quantization_ignored_layers=("attn.to_q",),
+    )
+    found = resolve(flags).components
+    assert found["transformer"].online == Online(scheme="fp8", ignored=("attn.to_q",))
+    assert found["text_encoder"].online == Online(scheme="int8")
+    assert found["vae"].online is None
+
+
+def test_what_has_no_weights_is_not_quantized_and_not_passed_over() -> None:
+    flags = ModelFlags(model_path="emoji_flux", component_quantizations={"tokenizer": "fp8"})
+    with pytest.raises(UsageError, match="'tokenizer' .* has no weights to quantize"):
+        resolve(flags)
+    flags = ModelFlags(component_quantization_ignored_layers={"text_encodr": ("q_proj",)})
+    with pytest.raises(UsageError, match="names a component 'text_encodr'"):
+        resolve(flags)
+
+
+def test_the_weights_of_another_kind_of_encoder_are_refused() -> None:
+    flags = ModelFlags(component_paths={"text_encoder": "emoji_flux/text_encoder_2"})
+    with pytest.raises(UsageError, match="gives t5, and 'text_encoder' .* is clip_text_model"):
         resolve(flags)
 
 
