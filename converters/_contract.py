@@ -2,6 +2,7 @@
 
     plain          headers -> the plan of a dense model; nothing is read yet
     quantized      that plan with a recode for each layer that the preset does not keep
+    settled        the same for a checkpoint of any dialect, its open questions answered
     convert        what must travel together, the file's own reader, the writing, the report
 
 Every number is checked on headers before the first byte is written, the result lies in a temporary
@@ -10,25 +11,36 @@ place until its layers were decoded and held against the source, and at most one
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffquant import exporting, headers, online, planner, sources
+from diffquant import exporting, headers, online, planner, settle, sources
 from diffquant.converters._component import spellings
-from diffquant.converters._options import Choosing, Writing
-from diffquant.converters._progress import Bar, bar
-from diffquant.converters._report import Report, compared, tell
+from diffquant.converters._options import Choosing, Reading, Writing
+from diffquant.converters._progress import bar
+from diffquant.converters._report import NOTHING, Report, compared, tell
 from diffquant.errors import ConvertError, UsageError
 from diffquant.exporting import Prepared
 from diffquant.families import FAMILIES
+from diffquant.loading import described_by
 from diffquant.online import Online, Stay
 from diffquant.plan import Plan
 from diffquant.sources import Checkpoint
-from diffquant.writing import Check, require_absent
+from diffquant.writing import Progress, require_absent
 
-__all__ = ["Converted", "convert", "plain", "quantized", "tell", "typed"]
+__all__ = [
+    "Converted",
+    "Judge",
+    "convert",
+    "plain",
+    "quantized",
+    "settled",
+    "stamped",
+    "tell",
+    "typed",
+]
 
 GENERIC = "generic"
 
@@ -44,7 +56,7 @@ class Converted:
     prepared: Prepared
     kept: tuple[str, ...]
     files: tuple[Path, ...] = ()
-    report: Report = field(default_factory=lambda: Report(()))
+    report: Report = NOTHING
 
     def to_json(self) -> dict[str, Any]:
         """Counts, bytes, what stays and why, and the worst layers."""
@@ -139,38 +151,69 @@ def convert(plan: Plan, truth: Plan, dialect: str, writing: Writing) -> Converte
     _require_room(prepared, writing)
     if writing.dry_run:
         return Converted(plan=plan, prepared=prepared, kept=kept)
-    reports: list[Report] = []
     with bar() as shown:
+        judge = Judge(
+            truth,
+            prepared.export.config,
+            max_error=writing.max_error,
+            saved_to=writing.report,
+            on_progress=shown.told("checking"),
+        )
         files = exporting.save(
             prepared,
             writing.output_dir,
-            origin=json.dumps([plan.digest, *_stamps(plan)]),
+            origin=stamped(plan),
             max_shard_size=writing.shard_bytes,
             overwrite=writing.overwrite,
-            check=_check(prepared, truth, writing, reports, shown),
+            check=judge,
             on_progress=shown.told("writing"),
         )
-    return Converted(plan=plan, prepared=prepared, kept=kept, files=files, report=reports[0])
+    return Converted(plan=plan, prepared=prepared, kept=kept, files=files, report=judge.report)
 
 
-def _check(
-    prepared: Prepared, truth: Plan, writing: Writing, reports: list[Report], shown: Bar
-) -> Check:
-    """Reads what was written as anybody would, and leaves its report in `reports`."""
+class Judge:
+    """Reads what was written as anybody would, before it gets its name; `report` is what it found."""
 
-    def check(files: Sequence[Path]) -> None:
+    def __init__(
+        self,
+        truth: Plan,
+        config: Mapping[str, Any] | None,
+        *,
+        max_error: float | None,
+        saved_to: Path | None,
+        on_progress: Progress | None,
+    ) -> None:
+        self.report = NOTHING
+        self._truth = truth
+        self._config = truth.config if config is None else config
+        self._max_error = max_error
+        self._saved_to = saved_to
+        self._on_progress = on_progress
+
+    def __call__(self, files: Sequence[Path]) -> None:
+        """Raises ConvertError when a layer lost more than `max_error`."""
         written = Checkpoint(
-            origin=str(files[0]),
-            root=files[0].parent,
-            files=tuple(files),
-            config=prepared.export.config or truth.config,
+            origin=str(files[0]), root=files[0].parent, files=tuple(files), config=self._config
         )
-        plan = planner.plan(written, headers.read(files), config=truth.config)
-        report = compared(plan, truth, shown.told("checking"))
-        report.judge(writing)
-        reports.append(report)
+        plan = planner.plan(written, headers.read(written.files), config=self._truth.config)
+        self.report = compared(plan, self._truth, self._on_progress)
+        self.report.judge(self._max_error, self._saved_to)
 
-    return check
+
+def settled(source: str, reading: Reading) -> Plan:
+    """The plan of any checkpoint, its open questions answered."""
+    checkpoint = sources.checkpoint(source, subfolder=reading.subfolder)
+    base = None if reading.base is None else sources.checkpoint(reading.base)
+    config = described_by(checkpoint, base)
+    header = headers.read(checkpoint.files)
+    plan = planner.plan(checkpoint, header, config=config, hints=reading.hints)
+    return settle.settle(plan, settle.of_checkpoint(base, config) if plan.open else None)
+
+
+def stamped(plan: Plan, *facts: str) -> str:
+    """Names what a file is made from, so that only a run of the same is resumed."""
+    stamps = [[file.path, Path(file.path).stat().st_mtime_ns] for file in plan.files]
+    return json.dumps([plan.digest, *facts, stamps])
 
 
 def _require_room(prepared: Prepared, writing: Writing) -> None:
@@ -188,8 +231,3 @@ def _is_dynamic(pieces: Any) -> bool:
         piece.activation if piece.recode is None else piece.recode.activation for piece in pieces
     ]
     return any(each is not None and each.mode == "dynamic" for each in found)
-
-
-def _stamps(plan: Plan) -> Iterator[tuple[str, int]]:
-    for file in plan.files:
-        yield file.path, Path(file.path).stat().st_mtime_ns

@@ -38,7 +38,7 @@ class Judged:
 
         def check(files: Sequence[Path]) -> None:
             self.report = measured(self._layers(_Written(files), on_progress))
-            self.report.judge(self._writing)
+            self.report.judge(self._writing.max_error, self._writing.report)
 
         return check
 
@@ -62,11 +62,12 @@ class Judged:
 
     def _true(self, truth: Component, module: str, rows: Span) -> Tensor:
         """Rows of the weight: as it is, or as the export's own codes and scale say."""
-        weight = truth.tensor(f"{module}.weight")[rows.as_slice()]
+        weight: Tensor = truth.tensor(f"{module}.weight")[rows.as_slice()]
         if weight.dtype != torch.float8_e4m3fn:
             return weight
         finite: Tensor = weight.float().nan_to_num_(nan=0.0)
-        return finite.mul_(self._scales[module].weight())
+        finite *= self._scales[module].weight()
+        return finite
 
 
 class _Written:

@@ -1,19 +1,20 @@
 """What can be typed to every converter, each group of options as one value.
 
-`writing_options` gives a command the parameter `writing`, `choosing_options` one called `choosing`,
-`calibration_options` one called `calibration`; under these decorators a command never sees the
-single options.
+Each decorator gives a command one parameter: `writing_options` (or `writing_argument`, where the output
+is no option) `writing`, `choosing_options` `choosing`, `calibration_options` `calibration` and
+`reading_options` `reading`. The command never sees the single options.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from diffquant.converters.calibrate import METHODS, PERCENTILE
+from diffquant.formats import Hints
 from diffquant.writing import GIB
 
 Command = Callable[..., Any]
@@ -40,6 +41,25 @@ class Writing:
     @property
     def shard_bytes(self) -> int:
         return int(self.max_shard_size * GIB)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What a source does not say about itself.
+
+    base  the model it was quantized from: answers open questions, and describes weights that come
+          without a config.json
+    """
+
+    base: str | None = None
+    subfolder: str | None = None
+    nvfp4_nibbles: Literal["low", "high"] | None = None
+    scale_layout: Literal["linear", "tiles"] | None = None
+    raw_fp8: bool = False
+
+    @property
+    def hints(self) -> Hints:
+        return Hints(nibbles=self.nvfp4_nibbles, scales=self.scale_layout, raw_fp8=self.raw_fp8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,15 +102,7 @@ def _grouped(
     return decorate
 
 
-writing_options = _grouped(
-    "writing",
-    Writing,
-    click.option(
-        "--output-dir",
-        required=True,
-        type=NEW,
-        help="A folder, or the file of a dialect of single files.",
-    ),
+_WRITING = (
     click.option("--max-shard-size", metavar="GIB", type=float, default=10.0, show_default=True),
     click.option(
         "--max-error",
@@ -101,6 +113,26 @@ writing_options = _grouped(
     click.option("--report", type=NEW, metavar="FILE", help="Figures of every layer, as JSON."),
     click.option("--overwrite", is_flag=True, help="Replace the output."),
     click.option("--dry-run", is_flag=True, help="Say what would be written."),
+)
+_OUTPUT_DIR = click.option(
+    "--output-dir",
+    required=True,
+    type=NEW,
+    help="A folder, or the file of a dialect of single files.",
+)
+_OUTPUT = click.argument("output_dir", metavar="OUTPUT", type=NEW)
+
+writing_options = _grouped("writing", Writing, _OUTPUT_DIR, *_WRITING)
+writing_argument = _grouped("writing", Writing, _OUTPUT, *_WRITING)
+
+reading_options = _grouped(
+    "reading",
+    Reading,
+    click.option("--base", metavar="SOURCE", help="The model it was quantized from."),
+    click.option("--subfolder", metavar="NAME", help="Where the component lies inside SOURCE."),
+    click.option("--nvfp4-nibbles", type=click.Choice(["low", "high"]), help="Which comes first."),
+    click.option("--scale-layout", type=click.Choice(["linear", "tiles"]), help="Of block scales."),
+    click.option("--raw-fp8", is_flag=True, help="Accept float8 weights without any scale."),
 )
 
 choosing_options = _grouped(

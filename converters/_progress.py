@@ -33,6 +33,11 @@ def bar(*, shown: bool = True) -> Iterator["Bar"]:
         yield Bar(bars)
 
 
+def told(bars: "Bar | None", what: str) -> writing.Progress | None:
+    """A row of those bars, where there are any."""
+    return None if bars is None else bars.told(what)
+
+
 class Bar:
     """One row for each thing that is being done, in bytes."""
 

@@ -18,7 +18,7 @@ from diffquant.converters._options import Writing
 from diffquant.errors import ConvertError
 from diffquant.fidelity import LayerFidelity, Running
 from diffquant.pieces import dense
-from diffquant.plan import LayerPlan, Piece, Plan, Role, Span
+from diffquant.plan import DENSE, LayerPlan, Piece, Plan, Role, Span
 from diffquant.tensors import Passing, Weights
 from diffquant.writing import Progress
 
@@ -38,12 +38,11 @@ class Report:
     def worst(self) -> tuple[LayerFidelity, ...]:
         return self.layers[:WORST]
 
-    def judge(self, writing: Writing) -> None:
-        """Saves it where that was asked. Raises ConvertError when a layer lost a larger part of its
-        weight than --max-error."""
-        if writing.report is not None:
-            self.save(writing.report)
-        max_error = writing.max_error
+    def judge(self, max_error: float | None, path: Path | None) -> None:
+        """Saves it to `path`. Raises ConvertError when a layer lost a larger part of its weight than
+        `max_error`."""
+        if path is not None:
+            self.save(path)
         if max_error is None or not self.layers or _error(self.layers[0]) <= max_error:
             return
         over = sum(_error(layer) > max_error for layer in self.layers)
@@ -62,6 +61,16 @@ class Report:
             "median_relative_error": _short(median(errors)) if errors else None,
             "worst": [_figures(layer) for layer in self.worst],
         }
+
+    @property
+    def sentence(self) -> str:
+        """What decoding showed, to put behind where the files lie."""
+        if not self.layers:
+            return ""
+        first = self.layers[0]
+        if not _error(first):
+            return f"; {len(self.layers)} layers decode to the same weights"
+        return f"; {first.path} lost most, relative error {_error(first):.2g}"
 
     def save(self, path: Path) -> None:
         """All layers as JSON."""
@@ -87,6 +96,10 @@ class Report:
         )
 
 
+#: Nothing was measured.
+NOTHING = Report(())
+
+
 def tell(report: Report, told: Mapping[str, Any], writing: Writing) -> None:
     """The worst layers for people on stderr, everything as JSON on stdout."""
     if report.layers:
@@ -102,13 +115,15 @@ def measured(layers: Iterable[LayerFidelity]) -> Report:
 
 
 def compared(plan: Plan, truth: Plan, on_progress: Progress | None = None) -> Report:
-    """Every quantized layer of a plan against the same layer of the plan it was made from."""
+    """Every layer that is quantized in one of two plans: the written one, and what it was made from."""
     ours, theirs = _weights(plan), _weights(truth)
     originals = {layer.path: layer for layer in truth.layers}
-    total = sum(_size(layer) for layer in plan.quantized)
+    paths = {layer.path for layer in (*plan.quantized, *truth.quantized)}
+    layers = [layer for layer in plan.layers if layer.path in paths]
+    total = sum(_size(layer) for layer in layers)
     done = 0
     found = []
-    for layer in plan.quantized:
+    for layer in layers:
         found.append(_layer(layer, ours, originals[layer.path], theirs))
         done += _size(layer)
         if on_progress is not None:
@@ -131,9 +146,9 @@ def _layer(
         reference, _ = dense(_rows_of(truth, rows), originals)
         decoded, _ = dense(_rows_of(ours, rows), weights)
         running.add(reference, decoded)
-    return LayerFidelity(
-        path=ours.path, encoding="+".join(ours.encodings), fidelity=running.figures()
-    )
+    names = dict.fromkeys((*truth.encodings, *ours.encodings))
+    encoding = "+".join(name for name in names if name != DENSE.name)
+    return LayerFidelity(path=ours.path, encoding=encoding, fidelity=running.figures())
 
 
 def _rows_of(layer: LayerPlan, rows: Span) -> LayerPlan:

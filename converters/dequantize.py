@@ -10,10 +10,7 @@ in float32, tables of integers as they are. Nothing is written until the plan is
 one layer is decoded at a time.
 """
 
-import json
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,18 +20,18 @@ import click
 import torch
 from torch import Tensor
 
-from diffquant import headers, planner, settle, sources
 from diffquant.classes import kept_float32, skeleton
 from diffquant.converters._command import ConverterCommand
+from diffquant.converters._contract import Judge, settled, stamped
+from diffquant.converters._options import Reading, Writing, reading_options, writing_argument
+from diffquant.converters._progress import Bar, bar, told
+from diffquant.converters._report import NOTHING, Report
 from diffquant.errors import ConvertError
-from diffquant.formats import NO_HINTS, Hints
-from diffquant.loading import described_by
 from diffquant.materialize import is_kept, plain_value
 from diffquant.pieces import dense
 from diffquant.plan import Plan
-from diffquant.sources import Checkpoint
-from diffquant.tensors import DTYPES, Weights
-from diffquant.writing import GIB, Declared, Progress, write
+from diffquant.tensors import DTYPES, Passing, Weights
+from diffquant.writing import GIB, Declared, write
 
 #: What may be typed, as safetensors spells it.
 WIDE: Mapping[str, str] = {"bf16": "BF16", "f32": "F32", "fp16": "F16"}
@@ -43,65 +40,61 @@ SPELLED: Mapping[torch.dtype, str] = {dtype: name for name, dtype in reversed(DT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dequantized:
-    """What was written, and the plan it was read by."""
+    """What was written or would be, and the plan it was read by; no shards in a dry run."""
 
     plan: Plan
-    shards: tuple[Path, ...]
     total_size: int
+    shards: tuple[Path, ...] = ()
+    report: Report = NOTHING
 
 
 def dequantize(
     source: str,
     output: Path,
     *,
-    base: str | None = None,
+    reading: Reading = Reading(),  # noqa: B008 - frozen
     dtype: str = "bf16",
-    hints: Hints = NO_HINTS,
-    subfolder: str | None = None,
+    dry_run: bool = False,
     max_shard_size: int = 10 * GIB,
+    max_error: float | None = None,
+    report: Path | None = None,
     overwrite: bool = False,
-    on_progress: Progress | None = None,
+    bars: Bar | None = None,
 ) -> Dequantized:
     """Write the plain component that `source` stands for to `output`.
 
-    base   the model it was quantized from: answers open questions, and describes weights that come
-           without a config.json
-    dtype  of the floating-point parameters: bf16, f32 or fp16
+    dtype      of the floating-point parameters: bf16, f32 or fp16
+    dry_run    everything but the writing
+    max_error  relative error that no layer may have; what is lost is one rounding to `dtype`
+    report     a file for the figures of all layers
 
     Raises PlanError when source and model do not fit or a question stays open, ConvertError when
     the class is not known or a value does not fit into `dtype`, SourceError for what is not found.
     """
-    checkpoint = sources.checkpoint(source, subfolder=subfolder)
-    original = None if base is None else sources.checkpoint(base)
-    plan = _settled(checkpoint, original, hints)
+    plan = settled(source, reading)
+    if not plan.config.get("_class_name"):
+        raise ConvertError(
+            f"{source!r} does not tell which diffusers class it is",
+            hint="--base names the model it was quantized from, with a config.json",
+        )
     tensors = tuple(_declared(plan, dtype))
+    total = sum(tensor.nbytes for tensor in tensors)
+    if dry_run:
+        return Dequantized(plan=plan, total_size=total)
+    judge = Judge(
+        plan, plan.config, max_error=max_error, saved_to=report, on_progress=told(bars, "checking")
+    )
     written = write(
         output,
         tensors,
-        origin=json.dumps([plan.digest, *_stamps(plan)]),
+        origin=stamped(plan),
         config=plan.config,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
-        on_progress=on_progress,
+        check=judge,
+        on_progress=told(bars, "decoding"),
     )
-    return Dequantized(plan=plan, shards=written.shards, total_size=written.total_size)
-
-
-def _settled(checkpoint: Checkpoint, base: Checkpoint | None, hints: Hints) -> Plan:
-    config = described_by(checkpoint, base)
-    header = headers.read(checkpoint.files)
-    plan = planner.plan(checkpoint, header, config=config, hints=hints)
-    if not plan.config.get("_class_name"):
-        raise ConvertError(
-            f"{checkpoint.origin!r} does not tell which diffusers class it is",
-            hint="--base names the model it was quantized from, with a config.json",
-        )
-    return settle.settle(plan, settle.of_checkpoint(base, config) if plan.open else None)
-
-
-def _stamps(plan: Plan) -> Iterator[tuple[str, int]]:
-    for file in plan.files:
-        yield file.path, Path(file.path).stat().st_mtime_ns
+    return Dequantized(plan=plan, total_size=total, shards=written.shards, report=judge.report)
 
 
 # tensors ---------------------------------------------------------------------------------------------
@@ -126,7 +119,7 @@ def _declared(plan: Plan, dtype: str) -> Iterator[Declared]:
 
 def _makers(plan: Plan) -> dict[str, Any]:
     """Parameter -> the function that makes it. Weight and bias of a layer share one decoding."""
-    weights = Weights([Path(file.path) for file in plan.files])
+    weights = Passing([Path(file.path) for file in plan.files])
     makers: dict[str, Any] = {
         plain.name: partial(plain_value, plain, weights) for plain in plan.plain
     }
@@ -180,65 +173,33 @@ def _cast(name: str, make: Any, dtype: torch.dtype) -> Tensor:
 
 @click.command(cls=ConverterCommand)
 @click.argument("source")
-@click.argument("output", type=click.Path(path_type=Path))
-@click.option("--base", metavar="SOURCE", help="The model it was quantized from.")
+@writing_argument
 @click.option("--dtype", type=click.Choice(list(WIDE)), default="bf16", show_default=True)
-@click.option("--subfolder", metavar="NAME", help="Where the component lies inside SOURCE.")
-@click.option("--nvfp4-nibbles", type=click.Choice(["low", "high"]), help="Which comes first.")
-@click.option("--scale-layout", type=click.Choice(["linear", "tiles"]), help="Of block scales.")
-@click.option("--raw-fp8", is_flag=True, help="Accept float8 weights without any scale.")
-@click.option("--max-shard-size", metavar="GIB", type=float, default=10.0, show_default=True)
-@click.option("--overwrite", is_flag=True, help="Replace the output directory.")
-def main(
-    source: str,
-    output: Path,
-    base: str | None,
-    dtype: str,
-    subfolder: str | None,
-    nvfp4_nibbles: str | None,
-    scale_layout: str | None,
-    raw_fp8: bool,
-    max_shard_size: float,
-    overwrite: bool,
-) -> None:
+@reading_options
+def main(source: str, writing: Writing, dtype: str, reading: Reading) -> None:
     """Write what SOURCE stands for as plain weights: a diffusers component in OUTPUT.
 
     SOURCE is a file, a folder or a repository of any format that `diffquant inspect` knows.
     """
-    hints = Hints(nibbles=nvfp4_nibbles, scales=scale_layout, raw_fp8=raw_fp8)  # type: ignore[arg-type]
-    with _bar() as on_progress:
+    with bar() as bars:
         done = dequantize(
             source,
-            output,
-            base=base,
+            writing.output_dir,
+            reading=reading,
             dtype=dtype,
-            hints=hints,
-            subfolder=subfolder,
-            max_shard_size=int(max_shard_size * GIB),
-            overwrite=overwrite,
-            on_progress=on_progress,
+            dry_run=writing.dry_run,
+            max_shard_size=writing.shard_bytes,
+            max_error=writing.max_error,
+            report=writing.report,
+            overwrite=writing.overwrite,
+            bars=bars,
         )
     plan = done.plan
+    place = "nothing written (--dry-run)" if writing.dry_run else writing.output_dir
     click.echo(
         f"{len(plan.quantized)} of {len(plan.layers)} linears decoded from {plan.format}; "
-        f"{done.total_size / 1e9:.2f} GB of {dtype}: {output}"
+        f"{done.total_size / 1e9:.2f} GB of {dtype}: {place}{done.report.sentence}"
     )
-
-
-@contextmanager
-def _bar() -> Iterator[Progress | None]:
-    """A bar on stderr, where stderr is a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    bar: Any
-    with click.progressbar(length=1, label="decoding", file=sys.stderr) as bar:
-
-        def told(done: int, total: int, name: str) -> None:
-            bar.length = total
-            bar.update(done - bar.pos)
-
-        yield told
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from diffquant import loading
+from diffquant.converters._options import Reading
 from diffquant.converters.dequantize import dequantize
 from diffquant.materialize import skeleton
 
@@ -30,7 +31,7 @@ def cases(root: Path) -> Iterator[tuple[Path, Path]]:
 def worst(folder: Path, base: Path) -> dict[str, float]:
     """Encoding -> the largest error of its layers, after a strict load of what was written."""
     with tempfile.TemporaryDirectory() as scratch:
-        done = dequantize(str(folder), Path(scratch) / "plain", base=str(base))
+        done = dequantize(str(folder), Path(scratch) / "plain", reading=Reading(base=str(base)))
         _, told = type(skeleton(done.plan.config)).from_pretrained(
             Path(scratch) / "plain", dtype=torch.bfloat16, output_loading_info=True
         )

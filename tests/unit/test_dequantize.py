@@ -11,14 +11,16 @@ import diffusers
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffquant.converters._options import Reading
+from diffquant.converters._progress import Bar
 from diffquant.converters.dequantize import dequantize, main
 from diffquant.errors import ConvertError, FormatError, PlanError
 from diffquant.families import FAMILIES, spelled
-from diffquant.formats import Hints
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 MODELOPT = DATA / "modelopt"
@@ -101,7 +103,7 @@ def test_modelopt_fp8_comes_back_near_its_base_and_loads_strictly(plain_flux: Pa
 def test_wan_comes_back_with_its_float32_modules(
     source: Path, limit: float, tmp_path: Path
 ) -> None:
-    dequantize(str(source), tmp_path / "plain", base=str(WAN / "bf16"))
+    dequantize(str(source), tmp_path / "plain", reading=Reading(base=str(WAN / "bf16")))
     found, base = read(tmp_path / "plain"), read(WAN / "bf16")
     require_near(found, base, limit)
     kept = diffusers.WanTransformer3DModel._keep_in_fp32_modules
@@ -122,9 +124,9 @@ def test_sizes_that_fill_no_tile_come_back(tmp_path: Path) -> None:
 
 
 def test_scales_that_only_tiles_explain_are_not_taken_as_rows(tmp_path: Path) -> None:
-    typed = Hints(scales="linear")
+    typed = Reading(scale_layout="linear")
     with pytest.raises(FormatError, match=r"has shape \[384, 8\] and --scale-layout linear"):
-        dequantize(str(DATA / "settle" / "wan_nvfp4_swizzle"), tmp_path / "plain", hints=typed)
+        dequantize(str(DATA / "settle" / "wan_nvfp4_swizzle"), tmp_path / "plain", reading=typed)
 
 
 def test_nunchaku_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -181,7 +183,7 @@ def test_a_single_file_of_another_dialect_comes_back_alike(
 ) -> None:
     tensors, metadata = dressed(read(FLUX / "fp8"))
     file = save(tmp_path / "weights" / "model.safetensors", tensors, **metadata)
-    dequantize(str(file), tmp_path / "plain", base=str(FLUX / "bf16"))
+    dequantize(str(file), tmp_path / "plain", reading=Reading(base=str(FLUX / "bf16")))
     require_same(tmp_path / "plain", plain_flux)
 
 
@@ -245,14 +247,11 @@ def test_another_dtype_may_be_asked_for(dtype: str, torch_dtype: str, tmp_path: 
 
 
 def test_progress_ends_at_the_whole(tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
-    done = dequantize(
-        str(FLUX / "fp8"),
-        tmp_path / "plain",
-        on_progress=lambda done, total, name: told.append((done, total)),
-    )
-    assert told == sorted(told)
-    assert told[-1] == (done.total_size, done.total_size)
+    shown = Progress(disable=True)
+    done = dequantize(str(FLUX / "fp8"), tmp_path / "plain", bars=Bar(shown))
+    decoding, checking = shown.tasks
+    assert decoding.completed == decoding.total == done.total_size
+    assert checking.completed == checking.total
 
 
 def test_nothing_is_left_where_decoding_stops(tmp_path: Path) -> None:
@@ -297,3 +296,20 @@ def test_the_command_tells_what_it_did(tmp_path: Path) -> None:
     again = CliRunner().invoke(main, [str(FLUX / "fp8"), str(tmp_path / "plain")])
     assert again.exit_code == 1
     assert "hint: --overwrite" in again.stderr
+
+
+def test_what_decoding_lost_is_one_rounding_and_is_told(tmp_path: Path) -> None:
+    done = dequantize(str(FLUX / "fp8"), tmp_path / "plain", report=tmp_path / "all.json")
+    errors = [each["relative_error"] for each in json.loads((tmp_path / "all.json").read_text())]
+    assert len(errors) == len(done.plan.quantized) == len(done.report.layers)
+    assert 0 < max(errors) < 2**-8
+    exact = dequantize(str(FLUX / "fp8"), tmp_path / "wide", dtype="f32", max_error=0.0)
+    assert exact.report.layers[0].fidelity is not None
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    typed = [str(FLUX / "fp8"), str(tmp_path / "plain"), "--dry-run"]
+    ran = CliRunner().invoke(main, typed)
+    assert "33 of 36 linears decoded from modelopt" in ran.stdout
+    assert "nothing written (--dry-run)" in ran.stdout
+    assert not list(tmp_path.iterdir())

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffquant import exporting, headers, planner, sources
+from diffquant.converters._options import Reading
 from diffquant.converters.transcode import main, transcode
 from diffquant.errors import ConvertError, FormatError, PlanError
-from diffquant.formats import Hints
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 MODELOPT = DATA / "modelopt"
@@ -41,7 +41,7 @@ def metadata(path: Path) -> dict[str, str]:
 def test_modelopt_nvfp4_comes_back_from_comfy_bit_for_bit(source: Path, tmp_path: Path) -> None:
     comfy, back = tmp_path / "comfy.safetensors", tmp_path / "back"
     there = transcode(str(source), comfy, to="comfy")
-    home = transcode(str(comfy), back, to="modelopt", base=str(source))
+    home = transcode(str(comfy), back, to="modelopt", reading=Reading(base=str(source)))
     assert (there.verdict, home.verdict) == ("lossless", "lossless")
     assert bits(back / WEIGHTS) == bits(source / WEIGHTS)
     assert bits(comfy).keys() != bits(source / WEIGHTS).keys()
@@ -50,7 +50,9 @@ def test_modelopt_nvfp4_comes_back_from_comfy_bit_for_bit(source: Path, tmp_path
 def test_a_nibble_order_taken_wrong_on_the_way_does_not_come_back(tmp_path: Path) -> None:
     comfy, back = tmp_path / "comfy.safetensors", tmp_path / "back"
     transcode(str(FLUX_FP4), comfy, to="comfy")
-    transcode(str(comfy), back, to="modelopt", base=str(FLUX_FP4), hints=Hints(nibbles="low"))
+    transcode(
+        str(comfy), back, to="modelopt", reading=Reading(base=str(FLUX_FP4), nvfp4_nibbles="low")
+    )
     changed = bits(back / WEIGHTS).items() ^ bits(FLUX_FP4 / WEIGHTS).items()
     assert {name.rpartition(".")[2] for name, _ in changed} == {"weight"}
 
@@ -163,4 +165,10 @@ def test_a_comfy_file_without_config_needs_its_base(tmp_path: Path) -> None:
     comfy = tmp_path / "comfy.safetensors"
     transcode(str(MIXED), comfy, to="comfy")
     with pytest.raises((PlanError, ConvertError, FormatError)):
-        transcode(str(comfy), tmp_path / "out", to="modelopt", base=str(FLUX))
+        transcode(str(comfy), tmp_path / "out", to="modelopt", reading=Reading(base=str(FLUX)))
+
+
+def test_the_file_is_decoded_again_and_says_that_nothing_was_lost(tmp_path: Path) -> None:
+    done = transcode(str(WAN), tmp_path / "out.safetensors", to="comfy", max_error=0.0)
+    assert len(done.report.layers) == len(done.plan.quantized)
+    assert done.report.sentence.endswith("layers decode to the same weights")
