@@ -34,6 +34,7 @@ class Flag:
     note: str = ""
     refused: str | None = None
     switch: bool = False
+    yields: bool = False
     only: str | None = None
     values: Mapping[str, Value] = field(default_factory=dict)
 
@@ -85,6 +86,7 @@ def variables() -> Mapping[str, Variable]:
 def translate(arguments: Sequence[str]) -> Translation:
     """Replace foreign flags by ours. Raises UsageError for those that are refused."""
     ours: list[str] = []
+    weak: list[str] = []
     notes: list[str] = []
     for flag, value in _pairs(arguments):
         alias = flags().get(flag)
@@ -92,9 +94,13 @@ def translate(arguments: Sequence[str]) -> Translation:
             ours += [flag] if value is None else [flag, value]
             continue
         words, note = _answer(flag, alias, value)
-        ours += words
+        if alias.yields:
+            weak += words
+        else:
+            ours += words
         notes.append(note)
-    return Translation(tuple(ours), tuple(notes))
+    # Of two words for one option the later wins.
+    return Translation((*weak, *ours), tuple(notes))
 
 
 def from_environment(environ: Mapping[str, str], arguments: Sequence[str]) -> Translation:
@@ -148,6 +154,8 @@ def _answer_switch(flag: str, alias: Flag, value: str | None) -> tuple[list[str]
         return [], f"{flag} false is not needed: that is how it is here"
     if alias.refused is not None:
         raise UsageError(f"{flag}: {alias.refused}", hint=f"leave {flag} out")
+    if alias.to is not None:
+        return alias.to.split(), f"{flag} is {alias.to} here: {alias.note}"
     return [], f"{flag} is not needed: {alias.note}"
 
 

@@ -7,19 +7,36 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffquant import offload
+from diffquant.compiling import compile_blocks
+from diffquant.paging import Keep
+from diffquant.residence import ON_DEVICE, Residence
+
 
 def attach(
-    root: Path, modules: Mapping[str, nn.Module], *, device: torch.device, dtype: torch.dtype
+    root: Path,
+    modules: Mapping[str, nn.Module],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    residence: Residence = ON_DEVICE,
+    keep: Keep | None = None,
+    compile: bool = False,
 ) -> Any:
-    """The DiffusionPipeline in `root` with `modules` in place of its own, on `device`.
+    """The DiffusionPipeline in `root` with `modules` in place of its own, to draw on `device`.
 
     Components that are not given are loaded by diffusers in `dtype`; given ones are not touched.
+
+    residence  where weights live; `keep` is what `offload.place` takes
+    compile    the repeated blocks of `modules`
     """
     pipeline = _class_of(root).from_pretrained(root, dtype=dtype, local_files_only=True, **modules)
     for name, module in modules.items():
         assert getattr(pipeline, name) is module, f"diffusers put another {name} in its place"
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    for module in modules.values() if compile else ():
+        compile_blocks(module)
+    return offload.place(pipeline, modules, device=device, residence=residence, keep=keep)
 
 
 def _class_of(root: Path) -> Any:

@@ -6,17 +6,20 @@ public API all come through here.
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from diffquant import adapters, audit, device, experts, headers, online, planner, resolve, sources
+from diffquant.compiling import require_compiler
 from diffquant.device import Device
 from diffquant.errors import UsageError
+from diffquant.families import FAMILIES, Inventory
 from diffquant.formats import NO_HINTS, Hints
 from diffquant.kernels import Choice, Numerics, choose, wanted
 from diffquant.plan import DENSE, LayerPlan, Plan, Problem
+from diffquant.residence import MODES, Mode, Residence
 from diffquant.resolve import ComponentSource, ModelFlags, Resolution
 from diffquant.sources import Checkpoint
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 
     from diffquant.fidelity import LayerFidelity
     from diffquant.lora import Adapter
+    from diffquant.paging import Keep
 
 #: component, layers done, layers in all
 Progress = Callable[[str, int, int], None]
@@ -45,6 +49,9 @@ class RunFlags:
     pinned  component -> layer -> kernel, from a picture's metadata: run exactly these
     lora    each `[COMPONENT=]SOURCE[:scale]`, all active together
     save_quantized  a folder to write what is quantized while loading to; it must not exist
+    offload         where weights live while drawing, with how many blocks ahead and to stay: see
+                    `residence`
+    compile         the repeated blocks of transformers
     """
 
     device: str | None = None
@@ -54,11 +61,22 @@ class RunFlags:
     strict: bool = False
     lora: tuple[str, ...] = ()
     save_quantized: str | None = None
+    offload: Mode = "none"
+    offload_prefetch: int | None = None
+    resident_layers: int | None = None
+    compile: bool = False
     pinned: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         resolve.require_choice("numerics", self.numerics, get_args(Numerics))
         resolve.require_choice("dtype", self.dtype, tuple(DTYPES))
+        resolve.require_choice("offload", self.offload, MODES)
+        Residence.wished(self.offload, self.offload_prefetch, self.resident_layers)
+
+    @property
+    def residence(self) -> Residence:
+        """Where weights are to live, on whatever device."""
+        return Residence.wished(self.offload, self.offload_prefetch, self.resident_layers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +90,11 @@ class DryRun:
     run: RunFlags
 
     @property
+    def residence(self) -> Residence:
+        """Where weights will live on this device."""
+        return self.run.residence.on(self.device)
+
+    @property
     def truth_lines(self) -> tuple[str, ...]:
         """One line per component: how many linears are what, through which kernel."""
         return tuple(
@@ -82,7 +105,10 @@ class DryRun:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """What a loaded pipeline runs: plans, choices, the rules that fired, the truth lines, and the
-    LoRAs it was loaded with."""
+    LoRAs it was loaded with.
+
+    digests  of the plans as headers alone told them, by which a picture knows its weights again
+    """
 
     plans: Mapping[str, Plan]
     choices: Mapping[str, tuple[Choice, ...]]
@@ -91,6 +117,7 @@ class Report:
     device: str
     dtype: str
     numerics: str
+    digests: Mapping[str, str]
     lora: "tuple[Adapter, ...]" = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -106,7 +133,7 @@ class Report:
                 name: {
                     "format": plan.format,
                     "family": plan.family,
-                    "digest": plan.digest,
+                    "digest": self.digests[name],
                     "notes": list(plan.notes),
                     "kernels": {choice.path: choice.kernel for choice in self.choices[name]},
                 }
@@ -166,11 +193,20 @@ def dry_run(model: ModelFlags, run: RunFlags | None = None) -> DryRun:
         wishes = [source.online for source in resolution.components.values() if source.online]
         online.require_saveable(wishes, Path(run.save_quantized))
     place = device.probe() if run.device is None else device.parse(run.device)
+    resolution = replace(resolution, fired=(*resolution.fired, *_moved(run, place)))
+    if run.compile:
+        require_compiler(place)
     plans = {name: component_plan(source) for name, source in resolution.components.items()}
     held = experts.check(resolution.components, plans)
     resolution = replace(resolution, fired=(*resolution.fired, *held))
     choices = {name: choose_all(plan, place, run, name) for name, plan in plans.items()}
     return DryRun(resolution=resolution, plans=plans, choices=choices, device=place, run=run)
+
+
+def _moved(run: RunFlags, place: Device) -> Iterator[resolve.Fired]:
+    """What a person should know about where weights will live."""
+    if sentence := run.residence.note(place):
+        yield resolve.Fired("offload", sentence, loud=True)
 
 
 def component_plan(source: ComponentSource) -> Plan:
@@ -179,8 +215,23 @@ def component_plan(source: ComponentSource) -> Plan:
     Raises PlanError when its weights do not fit its config, and what `online.requantized` raises.
     """
     header = headers.read(source.weights.files)
-    plan = planner.plan(source.weights, header, config=source.config, hints=source.hints)
+    plan = planner.plan(
+        source.weights,
+        header,
+        config=source.config,
+        hints=source.hints,
+        inventory=_base_inventory(source),
+    )
     return plan if source.online is None else online.requantized(plan, source.online)
+
+
+def _base_inventory(source: ComponentSource) -> Inventory | None:
+    """What the base's own weights tell about a class that nobody described."""
+    family = FAMILIES.load(planner.family_of(source.config, headers.read(source.weights.files)))
+    if family.is_described or not source.override or source.base is None:
+        return None
+    header = headers.read(source.base.files)
+    return planner.inventory_of(planner.draft(source.base, header, config=source.config).plan)
 
 
 def choose_all(plan: Plan, place: Device, run: RunFlags, component: str) -> tuple[Choice, ...]:
@@ -209,14 +260,29 @@ def load(
 
     from diffquant import lora
     from diffquant.attach import attach
+    from diffquant.paging import Spill
 
     model = model or ModelFlags()
     dry = dry_run(model, run)
     place, dtype = torch.device(dry.device.torch_name), _dtype(dry.run.dtype)
     if dry.run.save_quantized:
         save_quantized(dry, on_progress=on_progress)
-    modules = {name: build(dry, name, place, dtype, on_progress=on_progress) for name in dry.plans}
-    pipeline = attach(dry.resolution.pipeline.root, modules, device=place, dtype=dtype)
+    digests = {name: plan.digest for name, plan in dry.plans.items()}
+    dry = _respelled(dry)
+    keep = Spill().keep if dry.residence.mode == "disk" else None
+    modules = {
+        name: build(dry, name, place, dtype, keep=keep, on_progress=on_progress)
+        for name in dry.plans
+    }
+    pipeline = attach(
+        dry.resolution.pipeline.root,
+        modules,
+        device=place,
+        dtype=dtype,
+        residence=dry.residence,
+        keep=keep,
+        compile=dry.run.compile,
+    )
     lora.prepare(pipeline)
     lora.load(pipeline, dry.run.lora, local_files_only=model.local_files_only)
     _REPORTS[pipeline] = Report(
@@ -227,15 +293,25 @@ def load(
         device=dry.device.torch_name,
         dtype=str(dtype).removeprefix("torch."),
         numerics=dry.run.numerics,
+        digests=digests,
         lora=lora.adapters(pipeline) if dry.run.lora else (),
     )
     return pipeline
 
 
 def build(
-    dry: DryRun, component: str, place: Any, dtype: Any, *, on_progress: Progress | None = None
+    dry: DryRun,
+    component: str,
+    place: Any,
+    dtype: Any,
+    *,
+    keep: "Keep | None" = None,
+    on_progress: Progress | None = None,
 ) -> "nn.Module":
-    """One component's module: settled plan, choices of the settled plan, weights."""
+    """One component's module: settled plan, choices of the settled plan, weights. They are on `place`
+    when they are to stay there, else in host memory; `keep` is what `materialize` takes."""
+    import torch
+
     from diffquant.materialize import materialize
 
     plan = dry.plans[component]
@@ -248,7 +324,10 @@ def build(
         if on_progress is not None:
             on_progress(component, done, total)
 
-    return materialize(settled, choices, device=place, dtype=dtype, on_layer=told)
+    home = place if dry.residence.mode == "none" else torch.device("cpu")
+    return materialize(
+        settled, choices, device=home, dtype=dtype, workshop=place, keep=keep, on_layer=told
+    )
 
 
 def save_quantized(dry: DryRun, *, on_progress: Progress | None = None) -> None:
@@ -275,11 +354,26 @@ def _saved_folders(dry: DryRun) -> dict[str, Path]:
 
 
 def settled_plan(dry: DryRun, component: str) -> Plan:
-    """The plan of a component with its open questions answered from data."""
+    """The plan of a component in the names of its class, with its open questions answered from data."""
+    from diffquant.classes import respelled
     from diffquant.settle import of_checkpoint, settle
 
     plan, source = dry.plans[component], dry.resolution.components[component]
-    return settle(plan, of_checkpoint(source.base, source.config) if plan.open else None)
+    return respelled(settle(plan, of_checkpoint(source.base, source.config) if plan.open else None))
+
+
+def _respelled(dry: DryRun) -> DryRun:
+    """Plans and choices in the names of the classes, which headers alone do not tell."""
+    from diffquant.classes import respelled
+
+    plans = {name: respelled(plan) for name, plan in dry.plans.items()}
+    choices = {
+        name: dry.choices[name]
+        if plan is dry.plans[name]
+        else choose_all(plan, dry.device, dry.run, name)
+        for name, plan in plans.items()
+    }
+    return replace(dry, plans=plans, choices=choices)
 
 
 def report(pipeline: Any) -> Report:

@@ -5,15 +5,17 @@ Weights are mapped from disk and assigned, not copied, as long as nothing about 
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from diffquant.classes import kept_float32, skeleton, tie
 from diffquant.errors import PlanError, UsageError
 from diffquant.kernels import KERNELS, Choice
 from diffquant.kernels._operator import multiplier
 from diffquant.linear import Multiply, QuantLinear
+from diffquant.paging import Keep, Pages, rehome
 from diffquant.pieces import bias_of, canonical
 from diffquant.plan import DENSE, LayerPlan, Piece, Plain, PlainSource, Plan, Role, Span
 from diffquant.recode import Encoder
@@ -28,74 +30,79 @@ def materialize(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    workshop: torch.device | None = None,
+    keep: Keep | None = None,
     on_layer: Progress | None = None,
 ) -> nn.Module:
     """The module of the plan's class on `device`: encoded layers are QuantLinear, the rest is plain.
 
     dtype     what the model computes in; modules the class keeps in float32 stay there
+    workshop  where weights are quantized that are quantized while loading, `device` unless given
+    keep      what becomes of every finished tensor, one layer at a time
     on_layer  called with (layers done, layers in all)
 
     Raises PlanError when a parameter is left without a value.
     """
-    model = skeleton(plan.config)
+    model = skeleton(plan.config, dtype)
     weights = Weights([Path(file.path) for file in plan.files])
-    wide = kept_float32(model)
+    wide = kept_float32(model, dtype)
     for plain in plan.plain:
         wanted = torch.float32 if is_kept(plain.name, wide) else dtype
-        _assign(model, plain.name, plain_value(plain, weights).to(device, _cast(plain, wanted)))
+        stored = plain_value(plain, weights)
+        value = stored.to(device, wanted if stored.is_floating_point() else stored.dtype)
+        _assign(model, plain.name, value if keep is None else keep(value))
     encoder = Encoder(plan, weights)
     by_path = {choice.path: choice for choice in choices}
     for done, layer in enumerate(plan.layers, start=1):
         wanted = torch.float32 if is_kept(layer.path, wide) else dtype
-        _place(model, layer, by_path[layer.path], weights, encoder, device, wanted)
+        held = [canonical(piece, weights) for piece in layer.pieces]
+        coded = [
+            _coded(piece, parts, encoder, workshop or device)
+            for piece, parts in zip(layer.pieces, held, strict=True)
+        ]
+        _place(model, layer, by_path[layer.path], coded, device, wanted)
+        if keep is not None:
+            rehome(model.get_submodule(layer.path), keep)
         if on_layer is not None:
             on_layer(done, len(plan.layers))
+    tie(model)
     _require_filled(model, plan)
     model.save_pretrained = _unsaveable  # type: ignore[assignment]
     return model.requires_grad_(False).eval()
 
 
-def skeleton(config: Mapping[str, Any]) -> nn.Module:
-    """The class named in the config with parameters on meta and its computed buffers real."""
-    import diffusers
-    from accelerate import init_empty_weights
-
-    name = str(config.get("_class_name"))
-    found = getattr(diffusers, name, None)
-    if found is None:
-        raise PlanError(
-            f"diffusers {diffusers.__version__} has no class {name!r}",
-            hint="pip install --upgrade diffusers",
-        )
-    with init_empty_weights():
-        model: nn.Module = found.from_config(dict(config))
-    return model
+def _coded(
+    piece: Piece, parts: dict[Role, Tensor], encoder: Encoder, workshop: torch.device
+) -> dict[Role, Tensor]:
+    """The parts the piece multiplies with. What they were quantized from leaves host memory."""
+    if piece.recode is None:
+        return parts
+    coded = encoder.parts(piece, {role: part.to(workshop) for role, part in parts.items()})
+    Pages(list(parts.values())).release()
+    return coded
 
 
 def _place(
     model: nn.Module,
     layer: LayerPlan,
     choice: Choice,
-    weights: Weights,
-    encoder: Encoder,
+    parts: Sequence[dict[Role, Tensor]],
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
     """Puts one layer into the model: a QuantLinear, or plain weight and bias."""
-    held = [canonical(piece, weights) for piece in layer.pieces]
-    bias = bias_of(layer, held)
+    bias = bias_of(layer, parts)
     if layer.is_ordinary:
-        _assign(model, f"{layer.path}.weight", _whole(layer, held).to(device, dtype))
+        _assign(model, f"{layer.path}.weight", _whole(layer, parts).to(device, dtype))
         if bias is not None:
             _assign(model, f"{layer.path}.bias", bias.to(device, dtype))
         return
-    moved = [{role: part.to(device) for role, part in parts.items()} for parts in held]
-    coded = [encoder.parts(*pair) for pair in zip(layer.pieces, moved, strict=True)]
+    moved = [{role: part.to(device) for role, part in held.items()} for held in parts]
     model.set_submodule(
         layer.path,
         QuantLinear(
             layer,
-            coded,
+            moved,
             [_product(choice, index) for index in range(len(layer.pieces))],
             bias=None if bias is None else bias.to(device),
             dtype=dtype,
@@ -155,15 +162,6 @@ def _decoded(source: PlainSource, weights: Weights) -> Tensor:
     return decoded(piece, canonical(piece, weights))
 
 
-def _cast(plain: Plain, dtype: torch.dtype) -> torch.dtype:
-    """Integer tables keep their type."""
-    return (
-        dtype
-        if plain.dtype.startswith(("float", "bfloat", "F8"))
-        else getattr(torch, plain.dtype, dtype)
-    )
-
-
 def _assign(model: nn.Module, name: str, value: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
@@ -171,11 +169,6 @@ def _assign(model: nn.Module, name: str, value: Tensor) -> None:
         owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
     else:
         owner._buffers[leaf] = value
-
-
-def kept_float32(model: nn.Module) -> tuple[str, ...]:
-    """Words that name the modules which the class keeps in float32."""
-    return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
 def is_kept(name: str, kept: tuple[str, ...]) -> bool:

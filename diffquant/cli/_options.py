@@ -12,6 +12,7 @@ from diffquant.errors import UsageError
 from diffquant.kernels import KERNELS
 from diffquant.loading import DTYPES, RunFlags
 from diffquant.online import SCOPES
+from diffquant.residence import MODES
 from diffquant.resolve import ModelFlags
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -74,6 +75,11 @@ MODEL = (
         "--quantization-scope", type=click.Choice(SCOPES), help="Which layers to quantize. [all]"
     ),
     click.option(
+        "--quantization-preset",
+        metavar="NAME",
+        help="Which layers stay: a preset's name or TOML file. [the family's]",
+    ),
+    click.option(
         "--quantize-all", is_flag=True, help="Quantize layers too that are known to be sensitive."
     ),
     click.option(
@@ -115,6 +121,24 @@ RUN = (
         multiple=True,
         help="Load a LoRA; repeatable. transformer_2=SOURCE is for the second of two.",
     ),
+    click.option(
+        "--offload",
+        type=click.Choice(MODES),
+        help="Where weights wait: nowhere, in host memory (model, layerwise), on disk. [none]",
+    ),
+    click.option(
+        "--offload-prefetch",
+        type=int,
+        metavar="BLOCKS",
+        help="On their way while one works, layerwise or from disk. [1]",
+    ),
+    click.option(
+        "--resident-layers",
+        type=int,
+        metavar="BLOCKS",
+        help="Of a transformer that stay, layerwise or from disk. [0]",
+    ),
+    click.option("--compile", is_flag=True, help="Compile the repeated blocks with torch.compile."),
 )
 PICTURE = (
     click.option("--prompt", metavar="TEXT", help="What to draw."),

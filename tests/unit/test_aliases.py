@@ -1,5 +1,7 @@
 """What people paste from other tools is answered, one entry of the table at a time."""
 
+from itertools import pairwise
+
 import pytest
 
 from diffquant import aliases
@@ -51,6 +53,24 @@ def test_a_switch_set_to_false_asks_for_nothing() -> None:
         "--seed",
         "1",
     )
+
+
+@pytest.mark.parametrize(
+    "pasted",
+    [
+        ["--dit-layerwise-offload", "--text-encoder-cpu-offload", "true", "--vae-cpu-offload"],
+        ["--dit-cpu-offload", "true", "--dit-layerwise-offload", "true"],
+    ],
+)
+def test_moving_components_yields_to_moving_blocks(pasted: list[str]) -> None:
+    ours = translate(["--seed", "1", *pasted]).arguments
+    assert [word for flag, word in pairwise(ours) if flag == "--offload"][-1] == "layerwise"
+
+
+def test_switches_become_our_words_with_their_values() -> None:
+    assert translate(["--dit-cpu-offload"]).arguments == ("--offload", "model")
+    assert translate(["--enable-torch-compile"]).arguments == ("--compile",)
+    assert translate(["--dit-offload-prefetch-size", "2"]).arguments == ("--offload-prefetch", "2")
 
 
 def test_a_switch_does_not_swallow_the_word_behind_it() -> None:

@@ -17,11 +17,12 @@ GENERATE_OPTIONS = """
 --seed --num-images-per-prompt --image --mask-image --num-frames --fps --guidance-scale-2 --max-sequence-length
 --output-path --output-file-name --profile
 --model-path --transformer-path --transformer-weights-path --model-id --revision --local-files-only
---quantization --quantization-ignored-layers --quantization-scope --quantize-all --requantize
+--quantization --quantization-ignored-layers --quantization-scope --quantization-preset --quantize-all --requantize
 --enable-svdquant --quantization-precision
 --quantization-rank --nvfp4-nibbles --scale-layout --raw-fp8
 --save-quantized
 --device --dtype --numerics --kernel --strict --lora
+--offload --offload-prefetch --resident-layers --compile
 --config --config-from-metadata
 --json
 """

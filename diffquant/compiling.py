@@ -1,0 +1,48 @@
+"""`--compile`: the repeated blocks of a transformer through torch.compile.
+
+One block is compiled and serves all that are like it, so that a model costs seconds and not minutes
+to compile. Kernels are one operator to the compiler, whatever they do (kernels/_operator.py).
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from diffquant.device import Device
+from diffquant.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: What torch's compiler looks for on a CPU when CXX names nothing.
+CPU_COMPILERS = ("g++", "clang++")
+
+
+def require_compiler(device: Device, environ: Mapping[str, str] | None = None) -> None:
+    """Raises UsageError where torch.compile would fail at the first step, minutes from now."""
+    named = (os.environ if environ is None else environ).get("CXX")
+    wanted = (named,) if named else CPU_COMPILERS
+    if device.kind == "cpu" and not any(map(shutil.which, wanted)):
+        raise UsageError(
+            f"--compile needs a C++ compiler on a CPU, and there is no {' or '.join(wanted)}",
+            hint="apt install g++, or leave --compile out",
+        )
+    if device.kind in ("cuda", "rocm") and device.present and "triton" not in device.packages:
+        raise UsageError(
+            f"--compile needs triton on {device.name}, and it is not installed",
+            hint="pip install triton, or leave --compile out",
+        )
+
+
+def compile_blocks(model: "nn.Module", *, backend: str = "inductor") -> None:
+    """Compile the blocks that the model's class calls repeated; at the first call, not now.
+
+    Raises UsageError for a class that names none.
+    """
+    if not getattr(model, "_repeated_blocks", None):
+        raise UsageError(
+            f"diffusers names no repeated blocks in a {type(model).__name__} that could be compiled",
+            hint="leave --compile out",
+        )
+    model.compile_repeated_blocks(backend=backend)  # type: ignore[operator]
