@@ -55,7 +55,7 @@ def _file(ctx: click.Context, param: click.Parameter, value: str | None) -> Path
     if value is None:
         return None
     path = Path(value)
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    folder = next((each for each in path.absolute().parents if each.exists()), path)
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UsageError(f"{param.opts[0]} {value!r}: no file can be written there")
     return path

@@ -243,3 +243,35 @@ def test_nothing_is_said_of_the_file_as_it_was(
     file: Path, tmp_path: Path, bases: dict[Path, dict[str, Any]]
 ) -> None:
     assert said_of(file, dict, tmp_path, bases[file]) == ""
+
+
+@pytest.fixture(scope="module")
+def second_expert(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A Wan of two experts, and its second one in FP8."""
+    folder = tmp_path_factory.mktemp("experts")
+    base = tiny.tiny_wan_pipeline(folder / "wan", experts=2)
+    flags: dict[str, Any] = {"quantization": "fp8", "quantize_all": True, "device": "cpu"}
+    diffquant.load(str(base), save_quantized=str(folder / "fp8"), **flags)
+    return base, folder / "fp8" / "transformer_2"
+
+
+def test_one_expert_given_for_the_other_is_named(second_expert: tuple[Path, Path]) -> None:
+    base, fp8 = second_expert
+    with pytest.raises(
+        DiffquantError, match="'transformer' was given the weights of 'transformer_2'"
+    ):
+        compared_experts(base, transformer_path=str(fp8))
+
+
+def test_the_same_expert_in_its_own_place_passes(second_expert: tuple[Path, Path]) -> None:
+    base, fp8 = second_expert
+    (candidate,) = compared_experts(base, component_paths={"transformer_2": str(fp8)}).candidates
+    assert not [text for text in candidate.verdict.defects if text.startswith("transformer")]
+    assert {layer.encoding for layer in candidate.layers} == {"fp8", "dense"}
+
+
+def compared_experts(base: Path, **flags: Any) -> Any:
+    return diffquant.compare(
+        str(base), prompts=["red car"], max_sequence_length=16, device="cpu",
+        width=32, height=32, num_frames=5, num_inference_steps=2, **flags,
+    )  # fmt: skip

@@ -36,6 +36,32 @@ def test_a_missed_threshold_exits_with_1_and_one_line(capsys: pytest.CaptureFixt
     assert out.startswith("|  | verdict | PSNR |")
 
 
+def test_commands_draw_what_was_compared_and_time_has_an_interval(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "new" / "out.json"
+    words = ["--seed", "0", "--repeat", "2", "--output-json", str(data)]
+    assert run([*WORDS, *words]) == 0
+    assert "before: " in capsys.readouterr().out
+    told = json.loads(data.read_text())
+    drawn = "--prompt 'red apple' --num-inference-steps 2 --seed 0"
+    assert told["candidates"][0]["command"].endswith(drawn)
+    assert told["reference"]["command"].endswith(drawn)
+    assert len(told["candidates"][0]["cost"]["step_seconds"]["rounds"]) == 2
+
+
+def test_a_saved_reference_needs_no_words_about_the_drawings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = str(tmp_path / "reference.safetensors")
+    assert run([*WORDS, "--seeds", "3,4", "--save-reference", saved]) == 0
+    words = ["compare", "--device", "cpu", "--reference", saved]
+    assert run(words) == 0
+    assert "time and memory of the reference are those of its capture" in capsys.readouterr().err
+    assert run([*words, "--seed", "3"]) == 2
+    assert "drawn with seeds [3, 4], not [3]" in capsys.readouterr().err
+
+
 def test_sides_are_spelled_as_the_peers_spell_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,6 +88,16 @@ def test_sides_are_spelled_as_the_peers_spell_them(
         (["--threshold", "pnsr=3"], "there is no figure 'pnsr'"),
         (["--level", "harsh"], "there is no level 'harsh'"),
         (["--seeds", "a"], "--seeds 'a' is no list of numbers"),
+        (["--seeds", "1", "--seed", "2"], "--seeds and --seed exclude each other"),
+        (["--seeds", "1", "--num-images-per-prompt", "2"], "--num-images-per-prompt exclude"),
+        (["--json", "--markdown"], "--json and --markdown exclude each other"),
+        (["--prompts", "nothing.txt"], "--prompts 'nothing.txt': there is no such file"),
+        (["--report", "/"], "--report '/': no file can be written there"),
+        (["--report", "/dev/null/out.html"], "no file can be written there"),
+        (["--repeat", "0"], "0 is not in the range x>=1"),
+        (["--threshold", "lpips=0.1"], "lpips cannot be measured: torchvision is not installed"),
+        (["--threshold", "image_reward=0"], "image_reward cannot be measured"),
+        (["--reference", "a", "--save-reference", "b"], "a saved reference is not saved again"),
         (["--reference-component-path", "vae"], "'vae' is not of the form NAME=VALUE"),
         (["--candidate-quantization", "fp7"], "no quantization is called 'fp7'"),
         (["--reference", "nothing.safetensors"], "there is no file 'nothing.safetensors'"),
