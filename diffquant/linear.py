@@ -124,14 +124,19 @@ class QuantLinear(nn.Linear):
         return y_MN
 
     def _with_lowrank(self, y_MN: Tensor, rows_MK: Tensor, smoothed: Sequence[Tensor]) -> Tensor:
-        """Adds the low-rank branches, which ModelOpt computes beside the finished linear."""
+        """Adds the low-rank branches, which ModelOpt computes beside the finished linear: with its two
+        roundings where the reference runs, in one step and one rounding where speed counts."""
         for index, (term, h_MK) in enumerate(zip(self.terms, smoothed, strict=True)):
             piece, parts = term.piece, self.parts(index)
             if piece.lowrank_input is None:
                 continue
             low = self._columns(piece, rows_MK) if piece.lowrank_input == "raw" else h_MK
             down, up = (parts[role].to(low.dtype) for role in (Role.LOWRANK_DOWN, Role.LOWRANK_UP))
-            y_MN[:, piece.out.as_slice()] += (low @ down.T) @ up.T
+            out_MN = y_MN[:, piece.out.as_slice()]
+            if self.float32:
+                out_MN += (low @ down.T) @ up.T
+            else:
+                out_MN.addmm_(low @ down.T, up.T)
         return y_MN
 
     def _columns(self, piece: Piece, rows_MK: Tensor) -> Tensor:

@@ -51,13 +51,25 @@ def by_rows(
             chunk, scale = decode(parts, rows, wide.dtype).T, outer(parts, rows)
             if scale is None:
                 torch.mm(wide, chunk, out=y_MN[:, rows])
-            else:
-                product = buffer("product", wide.shape[0] * chunk.shape[1], wide.dtype)
-                product = torch.mm(wide, chunk, out=product.view(wide.shape[0], -1))
-                torch.mul(product, scale, out=y_MN[:, rows])
+                continue
+            product = buffer("product", len(wide) * chunk.shape[1], wide.dtype)
+            product = torch.mm(wide, chunk, out=product.view(len(wide), -1))
+            _scaled(product, scale, y_MN[:, rows])
         return y_MN.to(x_MK.dtype)
 
     return multiply
+
+
+def _scaled(product: "Tensor", scale: "Tensor", out: "Tensor") -> None:
+    """The product times a scale, rounded once."""
+    import torch
+
+    if scale.ndim == 0 or product.dtype == torch.float32:
+        torch.mul(product, scale, out=out)
+        return
+    # torch widens both sides too, but into fresh memory: ten times as long for a thousand tokens.
+    wide = buffer("scaled", product.numel(), torch.float32).view(product.shape)
+    out.copy_(wide.copy_(product).mul_(scale))
 
 
 def outer_scale(parts: "Parts", rows: slice) -> "Tensor | None":
