@@ -132,6 +132,7 @@ class ComponentSource:
     base          the base pipeline's own component; None when its weights were not downloaded
     override      whether `weights` come from another source than the base pipeline
     online        what to quantize while loading, and to what; None for weights as they are
+    is_transformer  whether it is what takes the noise away, and no encoder or autoencoder
     """
 
     component: str
@@ -142,6 +143,7 @@ class ComponentSource:
     override: bool
     hints: Hints
     online: Online | None = None
+    is_transformer: bool = True
 
     @property
     def quantization(self) -> str | None:
@@ -427,6 +429,7 @@ def _component(
         override=override is not None,
         hints=hints,
         online=_online(scheme, ignored, flags),
+        is_transformer=_is_transformer(name, {name: class_name}),
     )
 
 

@@ -63,11 +63,14 @@ def matrix() -> str:
 
 
 def _families(format: Format) -> str:
-    """Every family but the generic one whose namings a file of this format may follow."""
+    """Every described family whose namings a file of this format may follow."""
     if not format.namings:
         return "all"
     families = FAMILIES.load_all().items()
-    return ", ".join(name for name, each in families if {*format.namings} & {*each.namings})
+    followed = {*format.namings}
+    return ", ".join(
+        name for name, each in families if each.is_described and followed & {*each.namings}
+    )
 
 
 def _native(encoding: str) -> str:

@@ -112,7 +112,7 @@ def captured(here: Loaded, requests: Sequence[Request], on_progress: Progress) -
     """Draw every request; keep the calls of the first and a sample of every layer's output."""
     filled = [_filled(here, request) for request in requests]
     trajectories: list[Trajectory] = []
-    with recorded(here.modules) as recorder:
+    with recorded(_transformers(here)) as recorder:
         trajectories.append(_drawn(here, filled, 0, on_progress, recorder))
     trajectories += [_drawn(here, filled, i, on_progress) for i in range(1, len(filled))]
     capture = Capture(
@@ -130,6 +130,12 @@ def captured(here: Loaded, requests: Sequence[Request], on_progress: Progress) -
         conditions={**standing(here), **_of_drawing(capture)},
         layers=outputs(here.modules, capture.middle_calls(here.modules), capture.blobs),
     )
+
+
+def _transformers(here: Loaded) -> dict[str, nn.Module]:
+    """What is asked the reference's questions: encoders are heard through the drawings alone."""
+    sources = here.dry.resolution.components
+    return {name: each for name, each in here.modules.items() if sources[name].is_transformer}
 
 
 def measured(side: Side, request: Request, on_progress: Progress) -> Cost:
@@ -226,7 +232,7 @@ def _cost(here: Loaded, trajectories: Sequence[Trajectory]) -> Cost:
     return Cost(
         load_seconds=(here.seconds,),
         step_seconds=(median(later or first),),
-        weight_bytes=weight_bytes(here.modules.values()),
+        weight_bytes=weight_bytes(_transformers(here).values()),
         peak_bytes=here.meter.peak(),
     )
 
