@@ -65,7 +65,7 @@ def _require_consistent(asked: Calibration) -> None:
 
 
 def _measured(asked: Calibration, prompts: Path, source: str, number: str) -> dict[str, float]:
-    model, component = _pipeline_of(source)
+    model, component = pipeline_of(source)
     known = preset.for_model(model)
     found: dict[str, float] = calibrate.calibrate(
         load(ModelFlags(model_path=model), RunFlags()),
@@ -85,7 +85,7 @@ def _defaults(known: preset.Preset | None) -> Mapping[str, preset.Default]:
     return {} if known is None else known.defaults
 
 
-def _pipeline_of(source: str) -> tuple[str, str]:
+def pipeline_of(source: str) -> tuple[str, str]:
     """The pipeline that can draw with these weights, and the name of their component in it."""
     root = sources.checkpoint(source).root
     if (root.parent / PIPELINE).is_file():

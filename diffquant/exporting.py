@@ -27,6 +27,7 @@ from diffquant.pieces import canonical, decoded
 from diffquant.plan import (
     DENSE,
     ROW_ROLES,
+    BiasOffset,
     Piece,
     Plain,
     PlainSource,
@@ -534,7 +535,7 @@ def _losses(plan: Plan, export: Export, read: Plan) -> Iterator[str]:
             f"what inputs become changes in {len(inputs)} of {len(pairs)} weights, first {path!r}: "
             f"{_inputs(one)} before, {_inputs(other)} after"
         )
-    moved = [path for path, one, other in pairs if one.bias_offsets != other.bias_offsets]
+    moved = [path for path, one, other in pairs if _offsets(one) != other.bias_offsets]
     if moved:
         yield f"the biases of {len(moved)} weights are rounded once more, first {moved[0]!r}"
 
@@ -568,6 +569,11 @@ def _meaning(piece: Piece) -> dict[str, str]:
         "out": str(piece.out),
         "cols": str(piece.cols),
     }
+
+
+def _offsets(piece: Piece) -> tuple[BiasOffset, ...]:
+    """Those the bias was rounded with."""
+    return piece.bias_offsets if piece.recode is None else piece.recode.bias_offsets
 
 
 def _inputs(piece: Piece) -> str:

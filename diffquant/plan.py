@@ -168,9 +168,11 @@ class Recode:
                  block (of `group` x `group`)
     roles        the parts the quantized piece will have; a bias among them is made too
     rank         of a low-rank branch that carries what the codes lose
+    rounds       of refining branch and codes; None: as many as loading has time for
     fused        pieces with one key are encoded as one weight: one D, one smoothing for all
     scale_dtype  what scales (the outer one of two) and a made bias are rounded to; None: float32
     samples      rows of true input of the layer, [M, K], that smoothing is chosen by
+    bias_offsets those a dialect stores the bias with: a made one is what comes back from there
     input_amax   largest magnitude calibration saw of the input; INPUT_SCALE is made from it
     """
 
@@ -184,6 +186,8 @@ class Recode:
     fused: str | None = None
     scale_dtype: str | None = None
     samples: TensorRef | None = None
+    rounds: int | None = None
+    bias_offsets: tuple["BiasOffset", ...] = ()
     input_amax: float | None = None
 
 

@@ -20,7 +20,7 @@ Sources: ModelOpt (INT4_AWQ, W4A8_AWQ), Nunchaku (SVDQuant, AWQ), comfy-kitchen 
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from diffquant.encodings import Codec, Recipe
 from diffquant.encodings._nibbles import packed, pair_table, unpacked
@@ -45,6 +45,8 @@ SIGNED = (*range(8), *range(-8, 0))
 UNSIGNED = tuple(range(16))
 TABLES = {"true": SIGNED, "false": UNSIGNED, "offset": tuple(range(-8, 8))}
 GROUP = 128
+#: Parts of a group's range that are tried where a zero is scaled: outliers may be cut.
+RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
 def decode(
@@ -75,7 +77,8 @@ def decode(
 def encode(values_NK: "Tensor", encoding: Encoding, recipe: Recipe) -> "dict[Role, Tensor]":
     """scale = amax / 7 (unsigned: / 15) in float32; codes = values / scale, nearest even.
 
-    With `zero=scaled`: scale = (max - min) / 15 and zero = min of each group, both in bfloat16.
+    With `zero=scaled`: scale = r * (max - min) / 15 and zero so that the ends of the range are cut
+    alike, both in bfloat16; r is the one of `RANGES` that loses least in each group.
     """
     from torch import uint8
 
@@ -93,20 +96,51 @@ def encode(values_NK: "Tensor", encoding: Encoding, recipe: Recipe) -> "dict[Rol
 def _with_zero(values_NK: "Tensor", encoding: Encoding, recipe: Recipe) -> "dict[Role, Tensor]":
     from torch import bfloat16, uint8
 
-    rows, columns = values_NK.shape
+    n, columns = values_NK.shape
     group = recipe.group or int(encoding.option("group", str(GROUP)))
     if columns % group:
         raise PlanError(f"groups of {group} do not divide {columns} columns")
-    grouped = values_NK.float().reshape(rows, -1, group)
-    low, high = grouped.aminmax(dim=2)
-    zero, scale = low.to(bfloat16), ((high - low) / 15).to(bfloat16)
-    ratio = (grouped - zero.float()[..., None]) / scale.float()[..., None]
-    whole = ratio.nan_to_num_(nan=0.0).round_().clamp_(0, 15).to(uint8)
-    return {
-        Role.CODES: packed(whole.reshape(rows, columns)),
-        Role.BLOCK_SCALE: scale,
-        Role.ZERO_POINT: zero,
-    }
+    codes = values_NK.new_empty(n, columns // 2, dtype=uint8)
+    scale = values_NK.new_empty(n, columns // group, dtype=bfloat16)
+    zero = scale.new_empty(scale.shape)
+    for rows in row_spans((n, columns)):
+        best = _in_best_range(values_NK[rows].float().unflatten(1, (-1, group)))
+        codes[rows] = packed(best.codes.flatten(1))
+        scale[rows], zero[rows] = best.scale[..., 0], best.zero[..., 0]
+    return {Role.CODES: codes, Role.BLOCK_SCALE: scale, Role.ZERO_POINT: zero}
+
+
+class _InRange(NamedTuple):
+    """Groups [N, G, …] in one range: scale, zero and squared error have a last axis of 1."""
+
+    codes: "Tensor"
+    scale: "Tensor"
+    zero: "Tensor"
+    lost: "Tensor"
+
+
+def _in_best_range(grouped: "Tensor") -> _InRange:
+    from torch import where
+
+    best = _in_range(grouped, RANGES[0])
+    for part in RANGES[1:]:
+        other = _in_range(grouped, part)
+        less = other.lost < best.lost
+        best = _InRange(*(where(less, one, two) for one, two in zip(other, best, strict=True)))
+    return best
+
+
+def _in_range(grouped: "Tensor", part: float) -> _InRange:
+    """Codes of every group over the middle `part` of its range."""
+    from torch import bfloat16, uint8
+
+    low, high = (end[..., None] for end in grouped.aminmax(dim=2))
+    middle, reach = (low + high) / 2, (high - low) * (part / 2)
+    zero, scale = (middle - reach).to(bfloat16), (reach * 2 / 15).to(bfloat16)
+    ratio = (grouped - zero.float()) / scale.float()
+    codes = ratio.nan_to_num_(nan=0.0).round_().clamp_(0, 15)
+    lost = (codes * scale.float() + zero.float()).sub_(grouped).square_().sum(2, keepdim=True)
+    return _InRange(codes.to(uint8), scale, zero, lost)
 
 
 def _trimmed(

@@ -18,7 +18,6 @@ from diffquant.plan import (
     Recode,
     Role,
     Rotation,
-    TensorRef,
 )
 from diffquant.plugins import Registry
 from diffquant.sources import Checkpoint
@@ -188,9 +187,7 @@ class Export:
 
 
 Writer = Callable[[Plan], Export]
-#: (plan, paths of the layers, what a weight becomes, rows of input by path) -> pieces by path
-Quantizer = Callable[
-    [Plan, frozenset[str], Recode, Mapping[str, TensorRef]], Mapping[str, tuple[Piece, ...]]
-]
+#: (plan, paths of the layers, what a weight becomes) -> pieces by path
+Quantizer = Callable[[Plan, frozenset[str], Recode], Mapping[str, tuple[Piece, ...]]]
 
 FORMATS: Registry[Format] = Registry("diffquant.formats", "FORMAT")

@@ -13,10 +13,10 @@ A weight in files fused otherwise still works; what Nunchaku could not store is 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from diffquant.families import FAMILIES, Family, Rule, located, spelled
+from diffquant.families import FAMILIES, Family, Naming, Rule, located, spelled
 from diffquant.formats._svdquant import AWQ_GROUP, GELU_SHIFT, INT4
 from diffquant.patterns import matches
-from diffquant.plan import Encoding, LayerPlan, Part, Piece, Plan, Recode, Role, Span, TensorRef
+from diffquant.plan import BiasOffset, Encoding, LayerPlan, Part, Piece, Plan, Recode, Role, Span
 
 AWQ_ENCODING = Encoding(
     "int4", (("group", str(AWQ_GROUP)), ("signed", "false"), ("zero", "scaled"))
@@ -32,38 +32,39 @@ AWQ_RECODE = Recode(
 
 
 def units(
-    plan: Plan,
-    paths: frozenset[str],
-    recode: Recode,
-    naming_name: str,
-    samples: Mapping[str, TensorRef],
+    plan: Plan, paths: frozenset[str], recode: Recode, naming_name: str
 ) -> Mapping[str, tuple[Piece, ...]]:
-    """The pieces of every layer in `paths`; those of layers with samples are smoothed."""
+    """The pieces of every layer in `paths`."""
     family = FAMILIES.load(plan.family)
     naming = family.namings[naming_name]
-    layers = {layer.path: layer for layer in plan.layers if layer.path in paths}
     made: dict[str, tuple[Piece, ...]] = {}
-    for path, layer in layers.items():
-        rules = [located(naming, name) for name in spelled(naming, path)]
-        found = [rule for rule in rules if rule is not None]
-        if _is_modulation(path, family):
-            made[path] = tuple(replace(each, recode=AWQ_RECODE) for each in layer.pieces)
-            continue
-        made[path] = tuple(
-            _unit(piece, layer, rule, recode, _fed(samples, rule, layers), family)
-            for piece, rule in _cut(layer, found, family, plan)
-        )
+    for layer in (layer for layer in plan.layers if layer.path in paths):
+        chunks = [each for pattern, each in family.chunked.items() if matches(pattern, layer.path)]
+        if chunks:
+            made[layer.path] = tuple(_modulation(piece, *chunks[0]) for piece in layer.pieces)
+        else:
+            made[layer.path] = tuple(
+                _unit(piece, layer, rule, recode, family)
+                for piece, rule in _cut(layer, naming, family, plan)
+            )
     return made
 
 
-def _is_modulation(path: str, family: Family) -> bool:
-    return any(matches(pattern, path) for pattern in family.chunked)
+def _modulation(piece: Piece, count: int, scales: tuple[int, ...]) -> Piece:
+    """Chunks that are scales have 1 added to their bias in the file."""
+    size = len(piece.out) // count
+    offsets = (BiasOffset(Span(chunk * size, (chunk + 1) * size), -1.0) for chunk in scales)
+    made = AWQ_RECODE.roles | (piece.roles & {Role.BIAS})
+    recode = replace(AWQ_RECODE, roles=made, bias_offsets=tuple(offsets))
+    return replace(piece, recode=recode)
 
 
 def _cut(
-    layer: LayerPlan, rules: list[Rule], family: Family, plan: Plan
+    layer: LayerPlan, naming: Naming, family: Family, plan: Plan
 ) -> Iterator[tuple[Piece, Rule]]:
     """The layer's pieces, each with the stored weight it belongs to."""
+    found = [located(naming, name) for name in spelled(naming, layer.path)]
+    rules = [rule for rule in found if rule is not None]
     slices = sorted((rule for rule in rules if rule.cols is not None), key=lambda r: r.cols or 0)
     whole = [rule for rule in rules if rule.cols is None] or [Rule(layer.path, (layer.path,))]
     if not slices:
@@ -87,22 +88,14 @@ def _widths(layer: LayerPlan, family: Family, plan: Plan) -> tuple[int, ...]:
     return tuple(plan.layer(f"{stem}.{name}").shape_NK[0] for name in feeding)
 
 
-def _fed(
-    samples: Mapping[str, TensorRef], rule: Rule, layers: Mapping[str, LayerPlan]
-) -> TensorRef | None:
-    """Inputs of the stored weight: all of its members have the same."""
-    return next((samples[row] for row in rule.rows if row in samples and row in layers), None)
-
-
 def _unit(
     piece: Piece,
     layer: LayerPlan,
     rule: Rule,
     recode: Recode,
-    samples: TensorRef | None,
     family: Family,
 ) -> Piece:
-    fused = rule.stored if len(rule.rows) > 1 else None
+    fused = rule.stored if len(rule.rows) > 1 and len(layer.pieces) == 1 else None
     shift = GELU_SHIFT if recode.encoding == INT4.encoding and _behind_gelu(rule, family) else 0.0
     has_bias = any(Role.BIAS in each.roles for each in layer.pieces)
     activation = recode.activation
@@ -112,11 +105,9 @@ def _unit(
     if fused is not None and Role.TENSOR_SCALE in roles:
         roles = (roles - {Role.TENSOR_SCALE}) | {Role.CHANNEL_SCALE}
     roles |= {Role.BIAS} if has_bias or shift else set()
-    roles |= {Role.SMOOTH} if samples is not None else set()
     return replace(
         piece,
         parts=_without_bias(piece) if rule.cols == 0 else piece.parts,
-        smooth=None if samples is None else "divide",
         shift=shift,
         lowrank_input="raw",
         recode=replace(
@@ -124,7 +115,6 @@ def _unit(
             activation=activation,
             roles=frozenset(roles),
             fused=fused,
-            samples=samples,
         ),
     )
 

@@ -57,7 +57,7 @@ from diffquant.formats._svdquant import (
 )
 from diffquant.formats._svdquant_units import AWQ_ENCODING, units
 from diffquant.headers import Header
-from diffquant.plan import ROW_MAJOR, Encoding, Piece, Plan, Recode, Role, TensorRef
+from diffquant.plan import ROW_MAJOR, Encoding, Piece, Plan, Recode, Role
 from diffquant.sources import Checkpoint
 
 TEXT_ENCODER = "NunchakuT5EncoderModel"
@@ -212,11 +212,9 @@ BARE_NVFP4 = Encoding("nvfp4", (("outer", "none"),))
 MODEL_CLASSES = {"FluxTransformer2DModel": "NunchakuFluxTransformer2dModel"}
 
 
-def _quantize(
-    plan: Plan, paths: frozenset[str], recode: Recode, samples: Mapping[str, TensorRef]
-) -> Mapping[str, tuple[Piece, ...]]:
+def _quantize(plan: Plan, paths: frozenset[str], recode: Recode) -> Mapping[str, tuple[Piece, ...]]:
     """The layers of a dense plan in the weights this dialect stores."""
-    return units(plan, paths, recode, WHO, samples)
+    return units(plan, paths, recode, WHO)
 
 
 def _write(plan: Plan) -> Export:

@@ -57,7 +57,7 @@ class Encoder:
             )[0]
         else:
             made = encoded(_weight(piece, held), recode, amax=self._shared_amax(recode))
-        if (bias := _bias(piece, held, made)) is not None:
+        if (bias := self._bias(piece, held, made)) is not None:
             made[Role.BIAS] = bias
         if recode.activation is not None and recode.input_amax is not None:
             made[Role.INPUT_SCALE] = input_scale(recode.activation, recode.input_amax)
@@ -78,6 +78,21 @@ class Encoder:
             found = beside_lowrank(weights, piece.recode, self._samples(piece), piece.shift)
             self._made[key] = _Group(members, found)
         return self._made[key].of(piece)
+
+    def _bias(
+        self, piece: Piece, held: Mapping[Role, Tensor], made: Mapping[Role, Tensor]
+    ) -> Tensor | None:
+        """The stored bias, or the one the recode asks for: less what the shifted input adds, and with
+        what the average input loses, where samples tell; from zero where nothing is stored."""
+        recode, stored = piece.recode, held.get(Role.BIAS)
+        if recode is None or Role.BIAS not in recode.roles:
+            return stored
+        weight_NK, shifted = _dense(piece, made)
+        bias = -shifted if stored is None else stored.float() - shifted
+        if (samples_MK := self._samples(piece)) is not None:
+            average = samples_MK.to(bias.device).float().mean(0)
+            bias += _weight(piece, held).float() @ average - weight_NK @ average
+        return _as_stored(bias, recode)
 
     def _samples(self, piece: Piece) -> Tensor | None:
         """Rows of the piece's own columns of its layer's input."""
@@ -155,22 +170,31 @@ def _scale_for(amax: Tensor, recode: Recode) -> Tensor:
     return codes(witness, recode)[Role.TENSOR_SCALE]
 
 
-def _bias(piece: Piece, held: Mapping[Role, Tensor], made: Mapping[Role, Tensor]) -> Tensor | None:
-    """The stored bias, or the one the recode asks for: less what the shifted input adds, zero where
-    nothing is stored."""
-    recode, stored = piece.recode, held.get(Role.BIAS)
-    if recode is None or Role.BIAS not in recode.roles:
-        return stored
+def _as_stored(bias: Tensor, recode: Recode) -> Tensor:
+    """The bias as it comes back from where it was rounded with the dialect's offsets on it."""
+    if recode.scale_dtype is None:
+        return bias
+    dtype = getattr(torch, recode.scale_dtype)
+    for offset in recode.bias_offsets:
+        bias[offset.rows.as_slice()] -= offset.value
+    bias = bias.to(dtype).float()
+    for offset in recode.bias_offsets:
+        bias[offset.rows.as_slice()] += offset.value
+    return bias.to(dtype)
+
+
+def _dense(piece: Piece, made: Mapping[Role, Tensor]) -> tuple[Tensor, Tensor]:
+    """What the made parts multiply the undivided input with, [N, K], and what its shift adds [N]."""
+    recode = piece.recode
+    assert recode is not None
     codec, shape_NK = ENCODINGS.load(recode.encoding.name), (len(piece.out), len(piece.cols))
-    bias = torch.zeros(shape_NK[0], device=made[Role.CODES].device)
-    if piece.shift:
-        weight_NK = codec.decode(made, recode.encoding, shape_NK)
-        smooth = made.get(Role.SMOOTH)
-        seen = weight_NK if smooth is None else weight_NK.div_(smooth.float())
-        bias -= piece.shift * seen.sum(1)
-    if stored is not None:
-        bias += stored.float()
-    return bias if recode.scale_dtype is None else bias.to(getattr(torch, recode.scale_dtype))
+    weight_NK = codec.decode(made, recode.encoding, shape_NK)
+    if Role.SMOOTH in made:
+        weight_NK.div_(made[Role.SMOOTH].float())
+    shifted = piece.shift * weight_NK.sum(1)
+    if Role.LOWRANK_UP in made:
+        weight_NK.addmm_(made[Role.LOWRANK_UP].float(), made[Role.LOWRANK_DOWN].float())
+    return weight_NK, shifted
 
 
 def _give_back() -> None:

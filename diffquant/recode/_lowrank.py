@@ -19,7 +19,8 @@ from diffquant.plan import Recode, Role
 from diffquant.recode._codes import by_rows, codes
 from diffquant.recode._smoothing import chosen
 
-#: Rounds of taking the branch from what the last round's codes lost. The best one is kept.
+#: Rounds of taking the branch from what the last round's codes lost, unless the recode says how
+#: many. The best one is kept.
 ROUNDS = 3
 #: Columns the random sketch has beyond the rank, and power iterations that sharpen it.
 OVERSAMPLING, POWERS = 8, 2
@@ -67,7 +68,7 @@ def beside_lowrank(
     size = None if samples_MK is None else _size(samples_MK, smooth)
     rest, least = stacked(weights, smooth), float("inf")
     best: list[dict[Role, Tensor]] = []
-    for _ in range(ROUNDS):
+    for _ in range(recode.rounds or ROUNDS):
         up, down = _branch(rest, recode.rank, smooth, size)
         # What the branch leaves, W s - U (D s), in the place of what the last round left.
         stacked(weights, smooth, out=rest)

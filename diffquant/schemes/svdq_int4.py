@@ -1,6 +1,7 @@
 """SVDQuant without data: INT4 in groups of 64 beside a low-rank branch of rank 32.
 
-Nunchaku's files fuse q, k and v and shift what GELU feeds; writing them is a converter's work.
+Families that Nunchaku knows are quantized in its units: q, k and v share a branch, what GELU feeds is
+shifted and unsigned, modulation layers are INT4 weight-only. Elsewhere each layer is one by itself.
 """
 
 from diffquant.plan import Activation, Encoding, Role
@@ -15,6 +16,7 @@ SCHEME = Scheme(
     activation=Activation(number="int4", granularity="group", group=64, mode="dynamic"),
     rank=32,
     preset="svdq",
+    preset_is_complete=True,
     scale_dtype="bfloat16",
     saved_as="nunchaku",
 )
