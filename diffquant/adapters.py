@@ -40,6 +40,11 @@ class Asked:
     scale: float = 1.0
     component: str = "transformer"
 
+    def __str__(self) -> str:
+        """As it is typed."""
+        second = "" if self.component == "transformer" else f"{self.component}="
+        return f"{second}{self.source}:{self.scale:g}"
+
 
 def parsed(text: str) -> Asked:
     """`[COMPONENT=]SOURCE[:scale]`. A colon that no number follows belongs to the source."""

@@ -29,6 +29,8 @@ ADAPTER_TENSOR = re.compile(r"\.(?:lora_A|lora_B|lora_magnitude_vector|lora\.|lo
 #: How names begin that diffusers' converters understand.
 SPOKEN = ("transformer.", "text_encoder", "diffusion_model.", "lora_", "unet.")
 PEFT_PREFIX = "base_model.model."
+#: What diffusers and PEFT call the file in a LoRA's folder.
+USUAL = ("pytorch_lora_weights", "adapter_model")
 PROBES = 16  # rows of noise that measure a change
 PROBE_SEED = (
     20261121  # of no training run: a LoRA drawn from the same noise would seem to be larger
@@ -90,7 +92,7 @@ def load(pipeline: Any, typed: Sequence[str], *, local_files_only: bool = False)
     for text in typed:
         asked = parsed(text)
         folder, file = _found(asked.source, local_files_only)
-        name = _unused(Path(file).stem, scales)
+        name = _unused(_called(folder / file), scales)
         second: dict[str, Any] = (
             {"load_into_transformer_2": True} if asked.component == "transformer_2" else {}
         )
@@ -243,6 +245,11 @@ def _require_fit(path: str, layer: QuantLinear, stored: str, tensors: Mapping[st
 
 def _count(pipeline: Any, component: str) -> int:
     return len(getattr(getattr(pipeline, component, None), "peft_config", None) or {})
+
+
+def _called(file: Path) -> str:
+    """The file's name, or its folder's where every tool writes that file name."""
+    return file.parent.name if file.stem in USUAL else file.stem
 
 
 def _unused(stem: str, taken: Mapping[str, float]) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffquant.preset import for_model
 from diffquant.serve.app import listen, server
-from diffquant.serve.engine import Engine
+from diffquant.serve.engine import Engine, Origin
 from diffquant.serve.service import Service
 from diffquant.serve.settings import Settings
 
@@ -60,11 +60,19 @@ def until(true: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def serving(load: Callable[[], Any], ready: bool = True, **settings: Any) -> Iterator[Served]:
+def serving(
+    load: Callable[[], Any],
+    ready: bool = True,
+    resolve: Any = None,
+    flags: Any = None,
+    **settings: Any,
+) -> Iterator[Served]:
     preset = for_model("emoji_flux")
     assert preset is not None
-    engine = Engine(load, defaults=preset.defaults, flags={})
-    service = Service(engine, Settings(**{"drain": 10.0, **settings}), model="emoji_flux")
+    engine = Engine(Origin(load=load, defaults=preset.defaults, flags=flags or {}))
+    service = Service(
+        engine, Settings(**{"drain": 10.0, **settings}), model="emoji_flux", resolve=resolve
+    )
     running = server(service)
     with listen("127.0.0.1", 0) as door:
         thread = threading.Thread(target=running.run, kwargs={"sockets": [door]}, daemon=True)

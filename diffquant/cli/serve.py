@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from diffquant.preset import for_model
 from diffquant.resolve import ModelFlags
 
 if TYPE_CHECKING:
+    from diffquant.serve.engine import Origin
     from diffquant.serve.settings import Settings
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client", "multipart")
@@ -105,19 +106,20 @@ def _serve(model: ModelFlags, dry: loading.DryRun, values: Mapping[str, Any]) ->
     settings.require_safe()
     _talk.quiet_bars()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    preset = for_model(*dry.resolution.model_names)
-    engine = Engine(
-        partial(loading.load, model, dry.run),
-        defaults=preset.defaults if preset else {},
-        flags=_flags(model, dry.run),
-    )
+    engine = Engine(_origin(model, dry))
     failures: list[Exception] = []
 
     def failed(error: Exception) -> None:
         failures.append(error)
         running.should_exit = True
 
-    service = Service(engine, settings, model=_name(dry, values), failed=failed)
+    service = Service(
+        engine,
+        settings,
+        model=_name(dry, values),
+        resolve=partial(_switched, model, dry.run),
+        failed=failed,
+    )
     running = server(
         service, ssl_keyfile=values["ssl_keyfile"], ssl_certfile=values["ssl_certfile"]
     )
@@ -127,6 +129,25 @@ def _serve(model: ModelFlags, dry: loading.DryRun, values: Mapping[str, Any]) ->
     if failures:
         raise failures[0]
     _talk.say("stopped")
+
+
+def _origin(model: ModelFlags, dry: loading.DryRun) -> "Origin":
+    from diffquant.serve.engine import Origin
+
+    preset = for_model(*dry.resolution.model_names)
+    return Origin(
+        load=partial(loading.load, model, dry.run),
+        defaults=preset.defaults if preset else {},
+        flags=_flags(model, dry.run),
+    )
+
+
+def _switched(model: ModelFlags, run: loading.RunFlags, changes: Mapping[str, Any]) -> "Origin":
+    """The same command with other words, refused from headers where it cannot be."""
+    known = {item.name for item in fields(ModelFlags)}
+    other = replace(model, **{name: value for name, value in changes.items() if name in known})
+    worn = replace(run, **{name: value for name, value in changes.items() if name not in known})
+    return _origin(other, loading.dry_run(other, worn))
 
 
 def _settings(values: Mapping[str, Any]) -> "Settings":

@@ -11,7 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from diffquant.run import versions
-from diffquant.serve import about, edits, health, images, page, refusals, videos, watching
+from diffquant.serve import about, admin, edits, health, images, page, refusals, videos, watching
 from diffquant.serve.bodies import FIELDS
 from diffquant.serve.gate import Gate
 from diffquant.serve.service import Service
@@ -34,7 +34,7 @@ def application(service: Service) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    for room in (images, edits, videos, watching, about, health, page):
+    for room in (images, edits, videos, admin, watching, about, health, page):
         app.include_router(room.router(service))
     refusals.install(app, FIELDS)
     app.add_middleware(Gate, settings=service.settings, answered=service.metrics.answered)

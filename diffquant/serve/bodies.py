@@ -61,6 +61,10 @@ class Drawing(BaseModel):
     max_sequence_length: Annotated[int, Field(ge=1, le=4096)] | None = None
     num_frames: Annotated[int, Field(ge=1)] | None = None
     fps: Annotated[int, Field(ge=1, le=120)] | None = None
+    lora: Annotated[
+        str | list[str] | dict[str, float] | None,
+        Field(description="LoRAs of the server to draw with: names, NAME:SCALE, or name -> scale"),
+    ] = None
     user: Annotated[str, Field(max_length=256, description="named in the log")] | None = None
 
     @model_validator(mode="after")
@@ -78,6 +82,15 @@ class Drawing(BaseModel):
         width, height = self._pixels()
         ours = {name: getattr(self, name) for name in _SAME_NAME}
         return Request(**ours, width=width, height=height)
+
+    def loras(self) -> dict[str, float | None] | None:
+        """Name -> scale, None where the server's own is meant; None where nothing is said."""
+        if self.lora is None:
+            return None
+        if isinstance(self.lora, dict):
+            return dict(self.lora)
+        spoken = self.lora.split(",") if isinstance(self.lora, str) else self.lora
+        return dict(_weighed(text.strip()) for text in spoken if text.strip())
 
     def _pixels(self) -> Size:
         if self.size in (None, "auto"):
@@ -192,6 +205,20 @@ _SAME_NAME = (
 FIELDS = tuple(ImageBody.model_fields)
 EDIT_FIELDS = (*EditBody.model_fields, "image", "mask")
 VIDEO_FIELDS = tuple(VideoBody.model_fields)
+
+
+def _weighed(text: str) -> tuple[str, float | None]:
+    """`name:0.5` -> name and scale."""
+    name, colon, number = text.rpartition(":")
+    try:
+        return (name, float(number)) if colon else (text, None)
+    except ValueError:
+        raise Refused(
+            400,
+            f"lora {text[:80]!r} is not NAME or NAME:SCALE",
+            param="lora",
+            code="invalid_value",
+        ) from None
 
 
 def body_name(field: str) -> str:

@@ -44,9 +44,7 @@ def router(service: Service) -> APIRouter:
             try:
                 wanted = await _wanted(form, body, facts, uploads)
                 admitted = admission.admitted(wanted, facts, service.settings.limits)
-                job = job_of(
-                    service, admitted, request, user=body.user, previews=delivery.partial_images
-                )
+                job = job_of(service, body, admitted, request, previews=delivery.partial_images)
             except BaseException:
                 uploads.drop()
                 raise

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffquant import loading, run
 from diffquant.loading import Report
-from diffquant.serve import preview, readiness
+from diffquant.serve import preview, readiness, wardrobe
 from diffquant.serve.jobs import Job, Preview
 from diffquant.serve.readiness import Check
 from diffquant.serve.uploads import names
@@ -41,6 +41,11 @@ class Facts:
     checks: tuple[Check, ...]
 
     @property
+    def lora(self) -> dict[str, float]:
+        """LoRAs that are loaded, with the scale that was typed."""
+        return wardrobe.of_server(self.report.lora)
+
+    @property
     def makes_videos(self) -> bool:
         return "num_frames" in self.fields
 
@@ -60,41 +65,45 @@ class Facts:
         return object.__new__(self.pipeline_class)
 
 
-class Engine:
-    """One pipeline.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a pipeline comes from.
 
     load      gives the pipeline, as `loading.load` does
     defaults  of the model's preset
     flags     what was typed, for the record inside every picture
     """
 
-    def __init__(
-        self,
-        load: Callable[[], Any],
-        *,
-        defaults: Mapping[str, Any],
-        flags: Mapping[str, Any],
-    ) -> None:
-        self._load = load
-        self._defaults = defaults
-        self._flags = flags
+    load: Callable[[], Any]
+    defaults: Mapping[str, Any]
+    flags: Mapping[str, Any]
+
+
+class Engine:
+    """One pipeline, and where it comes from."""
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
         self._pipeline: Any = None
+        self._worn: Mapping[str, float] = {}
         self.facts: Facts | None = None
 
     def open(self) -> None:
         """Load, and refuse to go on with a kernel that `reference` contradicts."""
-        pipeline = self._load()
+        pipeline = self.origin.load()
         report = loading.report(pipeline)
         checks = readiness.checks(pipeline, report)
         readiness.require_agreement(checks)
-        self.facts = _facts(pipeline, report, checks, self._defaults)
-        self._pipeline = pipeline
+        self.facts = _facts(pipeline, report, checks, self.origin.defaults)
+        self._pipeline, self._worn = pipeline, self.facts.lora
         for line in report.truth_lines:
             LOG.info("%s", line)
 
     def draw(self, job: Job) -> run.Result:
         """Draw the job's pictures; Stopped is raised at the step at which it should end."""
+        assert self.facts is not None
         pipeline, wanted = self._pipeline, job.request
+        self._wear(self.facts.lora if job.lora is None else job.lora)
         latest: list[Tensor] = []
 
         def on_step(done: int, of: int) -> None:
@@ -111,9 +120,28 @@ class Engine:
                 stack.enter_context(preview.watched(pipeline, seen))
             result = run.generate(pipeline, wanted, on_step)
         result = replace(result, request=_told(result.request))
-        assert self.facts is not None
-        report = self.facts.report.to_json()
-        return run.recorded(result, flags=self._flags, report=report)
+        adapters = self.facts.report.lora
+        report = self.facts.report.to_json() | {"lora": wardrobe.told(adapters, self._worn)}
+        flags = wardrobe.typed(self.origin.flags, adapters, self._worn)
+        return run.recorded(result, flags=flags, report=report)
+
+    def _wear(self, worn: Mapping[str, float]) -> None:
+        if worn != self._worn:
+            wardrobe.wear(self._pipeline, worn)
+            self._worn = worn
+
+    def switch(self, origin: Origin) -> None:
+        """Another pipeline in the place of this one, which comes back where the other cannot be
+        loaded or a kernel is wrong with it."""
+        before = self.origin
+        self.close()
+        self.origin = origin
+        try:
+            self.open()
+        except Exception:
+            self.origin = before
+            self.open()
+            raise
 
     def recover(self) -> None:
         """Leave nothing of a job that ended early."""

@@ -13,8 +13,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from diffquant import run
-from diffquant.serve import admission
-from diffquant.serve.bodies import Delivery, ImageBody, named
+from diffquant.serve import admission, wardrobe
+from diffquant.serve.bodies import Delivery, Drawing, ImageBody, named
 from diffquant.serve.engine import Facts
 from diffquant.serve.jobs import Job, Preview, State, Stopped
 from diffquant.serve.pictures import Picture, encode, encoded
@@ -38,7 +38,7 @@ def router(service: Service) -> APIRouter:
             raise Refused(400, f"a {facts.pipeline_class.__name__} makes videos: POST /v1/videos")
         require_previews(delivery, facts)
         wanted = admission.admitted(body.request(), facts, service.settings.limits)
-        job = job_of(service, wanted, request, user=body.user, previews=delivery.partial_images)
+        job = job_of(service, body, wanted, request, previews=delivery.partial_images)
         return await answered(service, job, delivery, request)
 
     @routes.get("/{job}/content", summary="A picture whose address was asked for")
@@ -77,7 +77,7 @@ def require_previews(delivery: Delivery, facts: Facts) -> None:
 
 
 def job_of(
-    service: Service, wanted: run.Request, request: Request, *, user: str | None, previews: int = 0
+    service: Service, body: Drawing, wanted: run.Request, request: Request, *, previews: int = 0
 ) -> Job:
     """A job for what is wanted, called as its client calls it."""
     name = request.headers.get("x-request-id")
@@ -92,7 +92,8 @@ def job_of(
         request=wanted,
         deadline=time.monotonic() + service.settings.timeout,
         name=name,
-        user=user,
+        user=body.user,
+        lora=wardrobe.asked(body.loras(), service.facts.lora),
         previews=spread(previews, steps),
     )
 

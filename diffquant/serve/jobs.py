@@ -3,7 +3,7 @@
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -48,6 +48,7 @@ class Job:
     id        unguessable: knowing it is the right to see its pictures
     name      what the client calls it, in X-Request-Id
     previews  steps after which a preview is wanted
+    lora      LoRAs to draw with, name -> scale; None: those of the server
     deadline  by time.monotonic(), as are arrived and began
     tell      called on the worker's thread when the state, the step or the preview changes
     """
@@ -57,6 +58,7 @@ class Job:
     name: str | None = None
     user: str | None = None
     previews: frozenset[int] = frozenset()
+    lora: Mapping[str, float] | None = None
     tell: Callable[["Job", Preview | None], None] | None = None
     id: str = field(default_factory=lambda: secrets.token_urlsafe(18))
     created: int = field(default_factory=lambda: int(time.time()))

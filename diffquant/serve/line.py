@@ -9,6 +9,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Protocol
 
 from diffquant.run import Result
@@ -54,6 +55,7 @@ class Line:
         self._ended = ended
         self._failed = failed
         self._waiting: deque[Job] = deque()
+        self._errands: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._live: OrderedDict[str, Job] = OrderedDict()
         self._past: OrderedDict[str, dict[str, object]] = OrderedDict()
         self._changed = threading.Condition()
@@ -97,6 +99,19 @@ class Line:
             self._waiting.append(job)
             self._live[job.id] = job
             self._changed.notify_all()
+
+    def between_jobs(self, errand: Callable[[], None]) -> "Future[None]":
+        """Have something done on the worker's thread before its next job; its end is in the future.
+
+        Raises Refused, 503, where nothing is worked off.
+        """
+        future: Future[None] = Future()
+        future.set_running_or_notify_cancel()
+        with self._changed:
+            self._require_serving()
+            self._errands.append((errand, future))
+            self._changed.notify_all()
+        return future
 
     def find(self, name: str) -> Job | None:
         """A job that has not ended, by its id or by what its client called it."""
@@ -150,9 +165,11 @@ class Line:
         if not self._open_first():
             return
         while (job := self._next()) is not None:
+            self._run_errands()
             self.running = job
             self._draw(job)
             self.running = None
+        self._run_errands()
         self._shut()
 
     def _open_first(self) -> bool:
@@ -173,10 +190,26 @@ class Line:
         while True:
             with self._changed:
                 patience = self.idle if self._is_open else None
-                if self._changed.wait_for(lambda: self._waiting or self._closing, patience):
+                came = self._changed.wait_for(self._has_something, patience)
+                if came and (self._waiting or not self._errands):
                     return self._waiting.popleft() if self._waiting else None
             # Outside the lock, which those who join hold on the event loop.
-            self._shut()
+            self._run_errands() if came else self._shut()
+
+    def _has_something(self) -> bool:
+        return bool(self._waiting or self._errands or self._closing)
+
+    def _run_errands(self) -> None:
+        while self._errands:
+            errand, future = self._errands.popleft()
+            try:
+                errand()
+            except Exception as error:
+                LOG.exception("an errand failed")
+                future.set_exception(error)
+            else:
+                self._is_open = True
+                future.set_result(None)
 
     def _shut(self) -> None:
         if self._is_open:

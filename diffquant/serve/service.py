@@ -2,11 +2,11 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from diffquant.serve.bodies import body_name
-from diffquant.serve.engine import Engine, Facts
+from diffquant.serve.engine import Engine, Facts, Origin
 from diffquant.serve.jobs import Job
 from diffquant.serve.line import Line
 from diffquant.serve.metrics import Metrics
@@ -20,8 +20,10 @@ LOG = logging.getLogger("diffquant.serve")
 class Service:
     """One served pipeline.
 
-    model   the name it is served under
-    failed  called when the model cannot be loaded, or a kernel is wrong
+    model    the name it is served under
+    resolve  fields of `resolve.ModelFlags` and `lora` that are to be others -> where that pipeline
+             comes from, from headers alone; None: the model cannot be switched
+    failed   called when the model cannot be loaded, or a kernel is wrong
     """
 
     def __init__(
@@ -30,11 +32,13 @@ class Service:
         settings: Settings,
         *,
         model: str,
+        resolve: Callable[[Mapping[str, Any]], Origin] | None = None,
         failed: Callable[[Exception], None] | None = None,
     ) -> None:
         self.engine = engine
         self.settings = settings
         self.model = model
+        self.resolve = resolve
         self.created = int(time.time())
         self.shelf = Shelf()
         self.metrics = Metrics()
@@ -72,6 +76,7 @@ class Service:
             "defaults": dict(facts.defaults),
             "fields": sorted(body_name(name) for name in facts.meaningful),
             "previews": facts.previews,
+            "lora": facts.lora,
             "limits": {name: getattr(limits, name) for name in limits.__slots__},
             "queue": {
                 "size": self.settings.queue_size,

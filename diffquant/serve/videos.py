@@ -189,7 +189,7 @@ async def _job(service: Service, request: Request) -> Job:
     if find_spec("av") is None:
         raise Refused(501, "the server cannot write MP4: pip install 'diffquant[video]'")
     wanted = admission.admitted(body.request_at(facts.fps), facts, service.settings.limits)
-    return job_of(service, wanted, request, user=body.user)
+    return job_of(service, body, wanted, request)
 
 
 async def _fields(request: Request) -> dict[str, Any]:

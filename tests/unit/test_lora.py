@@ -190,7 +190,7 @@ def test_the_scale_of_a_peft_folder_counts(pipeline: Any, tmp_path: Path) -> Non
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(f'{{"r": {RANK}, "lora_alpha": {RANK * 3}}}')
     lora.load(pipeline, [str(tmp_path)])
-    up = pipeline.transformer.get_submodule(BLOCK).lora_B["adapter_model"].weight
+    up = pipeline.transformer.get_submodule(BLOCK).lora_B[tmp_path.name].weight
     assert torch.equal(up, (3 * tensors[f"base_model.model.{BLOCK}.lora_B.weight"]).bfloat16())
 
 
