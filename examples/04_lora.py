@@ -1,38 +1,36 @@
-"""Load a LoRA beside a quantized transformer, weigh it, take it away. No network needed."""
+"""Load a LoRA beside an FP8 transformer, weigh it, take it away. No network needed."""
 
 import sys
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from PIL import Image
 
 import diffquant
+from diffquant import sources
 
-file = Path(sys.argv[1] if len(sys.argv) > 1 else "noise-lora.safetensors")
+PROMPTS = ("red apple", "rocket", "cat face", "tree", "hamburger", "guitar")
+file = sources.checkpoint("emoji_flux_blue_ink").files[0]
 pipeline = diffquant.load()
+sheet = Image.new("RGB", (64 * len(PROMPTS), 64 * 4), "white")
 
 
-def draw(name: str) -> None:
-    noise = torch.Generator().manual_seed(42)
-    drawn = pipeline(
-        "red apple", height=64, width=64, num_inference_steps=4, max_sequence_length=16,
-        generator=noise,
-    )  # fmt: skip
-    drawn.images[0].save(name)
+def draw(row: int) -> None:
+    for column, prompt in enumerate(PROMPTS):
+        drawn = pipeline(
+            prompt, height=64, width=64, num_inference_steps=STEPS, max_sequence_length=16,
+            generator=torch.Generator().manual_seed(42),
+        )  # fmt: skip
+        sheet.paste(drawn.images[0], (64 * column, 64 * row))
 
 
-if not file.exists():  # a LoRA of rank 4 that was never trained, for want of a real one
-    tensors = {}
-    for path, layer in pipeline.transformer.named_modules():
-        if path.endswith(("to_q", "to_v")):
-            tensors[f"transformer.{path}.lora_A.weight"] = torch.randn(4, layer.in_features) * 0.1
-            tensors[f"transformer.{path}.lora_B.weight"] = torch.randn(layer.out_features, 4) * 0.1
-    save_file(tensors, file)
-
-draw("without-lora.png")
-pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="style")
-for strength in (0.5, 1.0):
-    pipeline.set_adapters(["style"], [strength])
-    draw(f"with-lora-{strength}.png")
+STEPS = int(sys.argv[2]) if len(sys.argv) > 2 else 12
+draw(0)
+pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="ink")
+for row, strength in enumerate((0.5, 1.0), start=1):
+    pipeline.set_adapters(["ink"], [strength])
+    draw(row)
 pipeline.unload_lora_weights()
-print("drawn without, with half and with all of it; on the command line: --lora", f"{file}:0.5")
+draw(3)
+name = sys.argv[1] if len(sys.argv) > 1 else "lora-sheet.png"
+sheet.save(name)
+print(f"{name}: without, half, all, and without again; by command: --lora emoji_flux_blue_ink:0.5")
