@@ -97,10 +97,13 @@ def quantized(
     scheme: str,
     choosing: Choosing = Choosing(),  # noqa: B008 - frozen
     amax: Mapping[str, float] | None = None,
+    *,
+    keep: Mapping[str, Stay] = online.NOTHING,
 ) -> Plan:
     """The plan with every layer that may be quantized going to `scheme`, a module of `schemes/`.
 
     amax  layer -> largest magnitude of its input; layers without stay dynamic
+    keep  layers that stay beside those that `choosing` names, and why
 
     Raises UsageError for a pattern that matches nothing and for inputs that have no static scale,
     PresetError for a preset that does not fit.
@@ -117,7 +120,8 @@ def quantized(
         preset=choosing.preset if known else None,
         quantize_all=choosing.preset == "none",
     )
-    found = online.requantized(plan, wish, keep=typed(plan, choosing.keep_bf16_pattern))
+    keep = {**keep, **typed(plan, choosing.keep_bf16_pattern)}
+    found = online.requantized(plan, wish, keep=keep)
     return online.calibrated(found, amax) if amax else found
 
 

@@ -43,7 +43,7 @@ from diffquant.converters._options import (
     writing_options,
 )
 from diffquant.converters._progress import bar
-from diffquant.converters._report import Report, row_spans, tell
+from diffquant.converters._report import NOTHING, Report, row_spans, tell
 from diffquant.encodings import ENCODINGS, Recipe
 from diffquant.errors import ConvertError, UsageError
 from diffquant.families import FAMILIES, Family
@@ -66,7 +66,7 @@ class Statistics:
     output_shards: int
     output_bytes: int
     preset: str | None
-    report: Report = field(default_factory=lambda: Report(()))
+    report: Report = NOTHING
 
     def to_json(self) -> dict[str, Any]:
         """The counts, and what the worst layers lost."""

@@ -4,12 +4,13 @@ All names, dtypes and shapes are known before the first byte, so each shard's he
 once and data follows without a second pass; the peak in memory is one tensor. Everything is made
 in `<output>.partial`, next to the place it is meant for, and renamed when it is whole:
 
-    <output>.partial/manifest.json     digest of what is being written; finished shards and sizes
+    <output>.partial/manifest.json     digest of what is being written; finished shards and sizes;
+                                       how much of the unfinished one is surely on the disk
     <output>.partial/*.safetensors     finished shards, and at most one that is being written
 
-A run that was killed is resumed: finished shards of the same digest are kept, the rest is redone.
-An error removes everything; an interrupt keeps the finished shards. The same declaration always
-gives the same bytes.
+A run that was killed is resumed: what the manifest of the same digest names is kept, the rest is
+redone. An error removes everything; an interrupt does not. The same declaration always gives the
+same bytes.
 """
 
 import hashlib
@@ -30,6 +31,10 @@ from diffquant.headers.safetensors import BITS
 from diffquant.tensors import DTYPES
 
 GIB = 1 << 30
+CONFIG = "config.json"
+
+#: Bytes of an unfinished shard after which it is written through to the disk and noted.
+MARK = 256 << 20
 
 #: Files that are weights, or speak of how weights are split; everything else is copied.
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
@@ -105,18 +110,7 @@ def write(
     require_absent(output, overwrite)
     partial.open()
     with partial:
-        finished = [shard for shard in shards if partial.holds(shard)]
-        _require_space(partial.path, shards, finished, beside)
-        done = sum(shard.data for shard in finished)
-        total = sum(shard.data for shard in shards)
-        for shard in shards:
-            if shard in finished:
-                continue
-            for name, size in _stream(partial.path / shard.file, shard):
-                done += size
-                if on_progress is not None:
-                    on_progress(done, total, name)
-            partial.finished(shard)
+        resumed = _make(partial, shards, beside, on_progress)
         _write_index(partial.path / f"{stem}.safetensors.index.json", shards)
         _copy_beside(partial.path, beside, config, without)
         if check is not None:
@@ -124,8 +118,8 @@ def write(
         partial.become(output)
     return Written(
         shards=tuple(output / shard.file for shard in shards),
-        total_size=total,
-        resumed=len(finished),
+        total_size=sum(shard.data for shard in shards),
+        resumed=resumed,
     )
 
 
@@ -143,21 +137,36 @@ def write_file(
     path = Path(os.path.abspath(path))
     require_absent(path, overwrite)
     (shard,) = _shards(tensors, path.stem, 1 << 63, metadata or {})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        done = 0
+    partial = _Partial(path.with_name(f"{path.name}.partial"), _digest([shard], origin))
+    partial.open()
+    with partial:
+        _make(partial, [shard], None, on_progress)
+        if check is not None:
+            check([partial.path / shard.file])
+        partial.give(shard, path)
+    return path
+
+
+def _make(
+    partial: "_Partial",
+    shards: Sequence["_Shard"],
+    beside: Path | None,
+    on_progress: Progress | None,
+) -> int:
+    """Every shard that is not there yet; how many a former run had finished."""
+    finished = [shard for shard in shards if partial.holds(shard)]
+    _require_space(partial.path, shards, finished, beside)
+    done = sum(shard.data for shard in finished)
+    total = sum(shard.data for shard in shards)
+    for shard in shards:
+        if shard in finished:
+            continue
         for name, size in _stream(partial, shard):
             done += size
             if on_progress is not None:
-                on_progress(done, shard.data, name)
-        if check is not None:
-            check([partial])
-        partial.replace(path)
-        _sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+                on_progress(done, total, name)
+        partial.finished(shard)
+    return len(finished)
 
 
 # shards --------------------------------------------------------------------------------------------
@@ -178,6 +187,11 @@ class _Shard:
     @property
     def size(self) -> int:
         return len(self.header) + self.data
+
+    def size_of(self, count: int) -> int:
+        """Bytes of the file up to its tensor `count`; nothing of it before the first one."""
+        data = sum(tensor.nbytes for tensor in self.tensors[:count])
+        return len(self.header) + data if count else 0
 
 
 def _shards(
@@ -242,15 +256,29 @@ def _digest(shards: Sequence[_Shard], origin: str) -> str:
     return sha.hexdigest()
 
 
-def _stream(path: Path, shard: _Shard) -> Iterator[tuple[str, int]]:
+def _stream(partial: "_Partial", shard: _Shard) -> Iterator[tuple[str, int]]:
     """Write the shard through to disk, and say after each tensor which and how many bytes."""
-    with path.open("wb") as stream:
-        stream.write(shard.header)
-        for tensor in shard.tensors:
-            _write_one(stream, tensor)
+    there = partial.marked(shard)
+    with (partial.path / shard.file).open("r+b" if there else "wb") as stream:
+        stream.truncate(shard.size_of(there))
+        stream.seek(0, os.SEEK_END)
+        if not there:
+            stream.write(shard.header)
+        noted = stream.tell()
+        for number, tensor in enumerate(shard.tensors, 1):
+            if number > there:
+                _write_one(stream, tensor)
             yield tensor.name, tensor.nbytes
-        stream.flush()
-        os.fsync(stream.fileno())
+            if stream.tell() - noted > MARK:
+                _through(stream)
+                partial.mark(shard, number)
+                noted = stream.tell()
+        _through(stream)
+
+
+def _through(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 def _write_one(stream: BinaryIO, declared: Declared) -> None:
@@ -274,6 +302,7 @@ class _Partial:
         self.path = path
         self._digest = digest
         self._sizes: dict[str, int] = {}
+        self._mark: tuple[str, int] | None = None
 
     @property
     def _manifest(self) -> Path:
@@ -285,7 +314,8 @@ class _Partial:
             found = json.loads(self._manifest.read_text("utf-8"))
             if found["digest"] == self._digest:
                 self._sizes = found["shards"]
-        if not self._sizes:
+                self._mark = found["mark"] and (found["mark"][0], found["mark"][1])
+        if not self._sizes and self._mark is None:
             shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
 
@@ -294,11 +324,26 @@ class _Partial:
         listed = self._sizes.get(shard.file) == shard.size
         return listed and path.exists() and path.stat().st_size == shard.size
 
+    def marked(self, shard: _Shard) -> int:
+        """How many tensors of an unfinished shard are surely there."""
+        path, count = self.path / shard.file, 0
+        if self._mark is not None and self._mark[0] == shard.file and path.exists():
+            count = self._mark[1]
+        return count if count and path.stat().st_size >= shard.size_of(count) else 0
+
+    def mark(self, shard: _Shard, count: int) -> None:
+        """Note that the first `count` tensors of a shard are on the disk."""
+        self._mark = (shard.file, count)
+        self._note()
+
     def finished(self, shard: _Shard) -> None:
         self._sizes[shard.file] = shard.size
-        _write_text(
-            self._manifest, json.dumps({"digest": self._digest, "shards": self._sizes}, indent=1)
-        )
+        self._mark = None
+        self._note()
+
+    def _note(self) -> None:
+        found = {"digest": self._digest, "shards": self._sizes, "mark": self._mark}
+        _write_text(self._manifest, json.dumps(found, indent=1))
 
     def become(self, output: Path) -> None:
         """Take the output's name. A former output survives under `.old` until that is done."""
@@ -311,17 +356,24 @@ class _Partial:
         _sync(output.parent)
         shutil.rmtree(old, ignore_errors=True)
 
+    def give(self, shard: _Shard, path: Path) -> None:
+        """Put the only shard in its place, beside which nothing stays."""
+        (self.path / shard.file).replace(path)
+        _sync(path.parent)
+        shutil.rmtree(self.path, ignore_errors=True)
+
     def __enter__(self) -> "_Partial":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             return
-        if issubclass(kind, Exception) or not self._sizes:
+        known = {*self._sizes, *([] if self._mark is None else [self._mark[0]])}
+        if issubclass(kind, Exception) or not known:
             shutil.rmtree(self.path, ignore_errors=True)
             return
         for path in self.path.iterdir():
-            if path != self._manifest and path.name not in self._sizes:
+            if path != self._manifest and path.name not in known:
                 path.unlink()
 
 
@@ -373,14 +425,15 @@ def _copy_beside(
     config: Mapping[str, Any] | None,
     without: frozenset[str],
 ) -> None:
-    for path in _others(beside):
-        shutil.copyfile(path, partial / path.name)
-    if config is None and not without:
-        return
-    target = partial / "config.json"
-    found = json.loads(target.read_text("utf-8")) if target.exists() else {}
+    """The config comes last and in one step: without it a folder is no component."""
+    copied = {path.name: path for path in _others(beside)}
+    own = copied.pop(CONFIG, None)
+    for name, path in copied.items():
+        shutil.copyfile(path, partial / name)
+    found = {} if own is None else json.loads(own.read_text("utf-8"))
     kept = {key: value for key, value in found.items() if key not in without}
-    _write_text(target, json.dumps({**kept, **(config or {})}, indent=2) + "\n")
+    if own is not None or config is not None:
+        _write_text(partial / CONFIG, json.dumps({**kept, **(config or {})}, indent=2) + "\n")
 
 
 def _others(beside: Path | None) -> list[Path]:

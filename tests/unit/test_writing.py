@@ -5,14 +5,16 @@ import os
 import shutil
 import signal
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from diffquant import writing
 from diffquant.errors import ConvertError
 from diffquant.writing import Declared, write, write_file
 
@@ -252,3 +254,44 @@ def test_a_disk_too_small_is_seen_before_anything_is_made(
     with pytest.raises(ConvertError, match="are free at"):
         write(tmp_path / "out", never)
     assert list(tmp_path.iterdir()) == []
+
+
+def die_at(number: int) -> Callable[[int], None]:
+    return lambda at: os.kill(os.getpid(), signal.SIGKILL if at == number else 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("kind", [write, write_file])
+def test_a_killed_run_goes_on_inside_a_shard_where_it_was_surely_written(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "MARK", 90)  # bytes: every tensor is noted
+    output, made = tmp_path / "out.safetensors", []
+    child = os.fork()
+    if not child:
+        kind(output, declared(die_at(3)))
+    os.waitpid(child, 0)
+    assert not output.exists()
+    kind(output, declared(made.append))
+    kind(tmp_path / "straight.safetensors", declared())
+    assert made == [3]
+    files = [sorted(each.rglob("*")) if each.is_dir() else [each] for each in tmp_path.iterdir()]
+    first, second = (b"".join(file.read_bytes() for file in found) for found in files)
+    assert first == second
+
+
+@pytest.mark.parametrize("kind", [write, write_file])
+def test_a_check_sees_whole_files_and_what_it_refuses_does_not_stay(
+    kind: Any, tmp_path: Path
+) -> None:
+    seen: list[list[str]] = []
+
+    def check(files: Sequence[Path]) -> None:
+        with safe_open(files[0], "pt") as opened:
+            seen.append(list(opened.keys()))
+        raise ConvertError("lost too much")
+
+    with pytest.raises(ConvertError, match="lost too much"):
+        kind(tmp_path / "out.safetensors", declared(), check=check)
+    assert seen == [list(model())]
+    assert not list(tmp_path.iterdir())
