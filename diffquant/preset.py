@@ -5,6 +5,7 @@ A preset is a file of `presets/`, its stem the name. Every file has the same sha
     family = "flux1"                       a family of diffquant.families
     algorithms = ["fp8", "int8"]           what the `keep` tables are meant for; may be empty
     models = ["org/repo"]                  models the file speaks of; empty means the whole family
+    complete = true                        layers the family calls sensitive stay only if kept here
 
     [[keep]]                               layers that stay as they are
     patterns = ["blocks.*.norm.linear"]    see diffquant.patterns.select
@@ -46,6 +47,10 @@ DEFAULTS: Mapping[str, type] = {
 }
 
 
+#: What a file may hold.
+KEYS = frozenset({"family", "algorithms", "models", "complete", "keep", "defaults"})
+
+
 @dataclass(frozen=True, slots=True)
 class Keep:
     """Layers that stay in high precision: which, why, and who found out."""
@@ -63,6 +68,7 @@ class Preset:
     family: str
     algorithms: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
+    complete: bool = False
     keep: tuple[Keep, ...] = ()
     defaults: Mapping[str, Default] = field(default_factory=dict)
 
@@ -99,12 +105,13 @@ def parse(name: str, text: str) -> Preset:
     except tomllib.TOMLDecodeError as error:
         raise PresetError(f"preset {name}.toml is no TOML: {error}") from error
     reader = _Reader(name)
-    reader.only(table, "", frozenset({"family", "algorithms", "models", "keep", "defaults"}))
+    reader.only(table, "", KEYS)
     return Preset(
         name=name,
         family=reader.take(table, "family", str),
         algorithms=reader.strings(table, "algorithms"),
         models=reader.strings(table, "models"),
+        complete="complete" in table and reader.take(table, "complete", bool),
         keep=tuple(keep for rule in table.get("keep", ()) for keep in reader.keeps(rule)),
         defaults=reader.defaults(table.get("defaults", {})),
     )

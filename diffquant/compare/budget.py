@@ -41,40 +41,33 @@ class Trial(Protocol):
     def figures(self, kept: Units) -> Mapping[str, float | None]: ...
 
 
-class Budget(Protocol):
-    """What the model may cost."""
-
-    def kept(self, trial: Trial) -> tuple[Unit, ...]:
-        """The units that stay, `trial.always` among them. Raises ConvertError where none suffice."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
-class Error:
+class ErrorBudget:
     """A one-step error that is not exceeded."""
 
     most: float
 
     @staticmethod
-    def parsed(text: str) -> "Error":
-        return Error(_number(text, "error=0.05"))
+    def parsed(text: str) -> "ErrorBudget":
+        return ErrorBudget(_number(text, "error=0.05"))
 
     def __str__(self) -> str:
         return f"one-step error {self.most:g}"
 
     def kept(self, trial: Trial) -> tuple[Unit, ...]:
+        """The units that stay, `trial.always` among them. Raises ConvertError where none suffice."""
         return _fewest(trial, lambda kept: trial.error(kept) <= self.most, str(self))
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
+class SizeBudget:
     """Bytes that are not exceeded; a share of the dense model's where `is_share`."""
 
     most: float
     is_share: bool
 
     @staticmethod
-    def parsed(text: str) -> "Size":
+    def parsed(text: str) -> "SizeBudget":
         found = SIZE.fullmatch(text.strip())
         if found is None:
             raise UsageError(f"--budget size={text} is no size", hint="--budget size=20MB")
@@ -84,14 +77,13 @@ class Size:
                 f"--budget size={text} is neither a share nor has it a unit",
                 hint=f"--budget size={text}MB, or a share such as size=0.4",
             )
-        return Size(number if unit is None else number * SCALES[unit.lower()], unit is None)
+        return SizeBudget(number if unit is None else number * SCALES[unit.lower()], unit is None)
 
     def __str__(self) -> str:
-        return (
-            f"{self.most:.0%} of the dense size" if self.is_share else f"{self.most / 1e6:g} MB"
-        )
+        return f"{self.most:.0%} of the dense size" if self.is_share else f"{self.most / 1e6:g} MB"
 
     def kept(self, trial: Trial) -> tuple[Unit, ...]:
+        """As many as there is room for. Raises ConvertError where there is none for the others."""
         most = self.most * trial.wide_bytes if self.is_share else self.most
         kept = tuple(trial.always)
         if (least := trial.bytes(kept)) > most:
@@ -107,33 +99,35 @@ class Size:
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
+class LevelBudget:
     """Drawings that `compare` would pass."""
 
     name: str
 
     @staticmethod
-    def parsed(text: str) -> "Level":
+    def parsed(text: str) -> "LevelBudget":
         limits(text, {})
-        return Level(text)
+        return LevelBudget(text)
 
     def __str__(self) -> str:
         return f"level {self.name}"
 
     def kept(self, trial: Trial) -> tuple[Unit, ...]:
-        return _fewest(
-            trial, lambda kept: judge(self.name, {}, trial.figures(kept)).ok, str(self)
-        )
+        """The units that stay, `trial.always` among them. Raises ConvertError where none suffice."""
+        return _fewest(trial, lambda kept: judge(self.name, {}, trial.figures(kept)).ok, str(self))
 
 
-KINDS: Mapping[str, Callable[[str], Error | Size | Level]] = {
-    "error": Error.parsed,
-    "size": Size.parsed,
-    "level": Level.parsed,
+#: What a model may cost.
+Budget = ErrorBudget | SizeBudget | LevelBudget
+
+KINDS: Mapping[str, Callable[[str], Budget]] = {
+    "error": ErrorBudget.parsed,
+    "size": SizeBudget.parsed,
+    "level": LevelBudget.parsed,
 }
 
 
-def parsed(text: str) -> Error | Size | Level:
+def parsed(text: str) -> Budget:
     """`error=0.05`, `size=20MB`, `size=0.4` or `level=strict`. Raises UsageError for anything else."""
     kind, equals, value = text.partition("=")
     if not equals or kind not in KINDS:

@@ -46,7 +46,7 @@ class Chart:
     """What a picture shows.
 
     points   those that are not finite are left out; later ones lie above
-    is_line  the points are joined in their order
+    is_line  the points are joined from left to right
     limit    a height with its name: a dashed line
     """
 
@@ -69,7 +69,7 @@ def picture(chart: Chart) -> Image.Image:
     _legend(sheet, hues)
     places = [(across.at(point.x), up.at(point.y)) for point in known]
     if chart.is_line:
-        sheet.line(places, GRID if len(hues) > 1 else hues[known[0].kind], 2.0)
+        sheet.line(sorted(places), GRID, 2.0)
     for point, place in zip(known, places, strict=True):
         if point.is_marked:
             sheet.ring(place)
@@ -159,13 +159,16 @@ def _frame(sheet: _Sheet, chart: Chart, across: Axis, up: Axis) -> None:
     if chart.limit is not None:
         name, value = chart.limit
         sheet.dashes(up.at(value), SOFT)
+        sheet.taken.append((LEFT, up.at(value) - 1, WIDTH - RIGHT, up.at(value) + 1))
         sheet.text((WIDTH - RIGHT, up.at(value) - 5), name, anchor="rs")
 
 
 def _legend(sheet: _Sheet, hues: Mapping[str, str]) -> None:
     """Kinds from the right to the left, above the plot; one alone needs no telling."""
+    if len(hues) == 1:
+        return
     right = float(WIDTH - RIGHT)
-    for kind, colour in reversed(hues.items() if len(hues) > 1 else ()):
+    for kind, colour in reversed(hues.items()):
         sheet.text((right, TOP - 14), kind, anchor="rs")
         right -= _length(kind) + 11
         sheet.dot((right + 3, TOP - 18), colour)

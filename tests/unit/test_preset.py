@@ -25,6 +25,7 @@ def test_a_preset_reads_its_rules_one_pattern_at_a_time() -> None:
         ('family = "f"\n[defaults]\nheight = true', "'height' is True"),
         ('family = "f"\n[[keep]]\npatterns = ["a"]', "'reason' is None"),
         ('family = "f"\nmodels = "x"', "a list of strings was needed"),
+        ('family = "f"\ncomplete = 1', "'complete' is 1, bool was needed"),
         ("models = []", "'family' is None"),
         ("family =", "is no TOML"),
     ],

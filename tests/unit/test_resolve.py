@@ -450,9 +450,7 @@ def test_words_about_quantizing_need_something_to_quantize_to(
 
 
 def test_rule_8_takes_a_preset_in_the_place_of_the_familys_own(base: Path) -> None:
-    flags = ModelFlags(
-        model_path=str(base), quantization="fp8", quantization_preset="flux1-nvfp4"
-    )
+    flags = ModelFlags(model_path=str(base), quantization="fp8", quantization_preset="flux1-nvfp4")
     online = resolve(flags).components["transformer"].online
     assert online == Online(scheme="fp8", preset="flux1-nvfp4")
     with pytest.raises(UsageError, match="--quantize-all keeps none"):
