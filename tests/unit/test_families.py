@@ -128,6 +128,38 @@ def _z_image(random: Random) -> Config:
     }
 
 
+def _ltx2(random: Random) -> Config:
+    def yes() -> bool:
+        return random.choice([True, False])
+
+    return {
+        "in_channels": random.choice([4, 8]),
+        "out_channels": random.choice([4, 6]),
+        "num_attention_heads": 2,
+        "attention_head_dim": random.choice([8, 16]),
+        "cross_attention_dim": random.choice([12, 16]),
+        "gated_attn": yes(),
+        "cross_attn_mod": yes(),
+        "audio_in_channels": random.choice([4, 8]),
+        "audio_out_channels": random.choice([4, 6]),
+        "audio_num_attention_heads": random.choice([2, 4]),
+        "audio_attention_head_dim": random.choice([4, 8]),
+        "audio_cross_attention_dim": random.choice([8, 16]),
+        "audio_gated_attn": yes(),
+        "audio_cross_attn_mod": yes(),
+        "num_layers": random.randint(1, 2),
+        "norm_elementwise_affine": yes(),
+        "caption_channels": random.choice([6, 10]),
+        "attention_bias": yes(),
+        "attention_out_bias": yes(),
+        "use_prompt_embeddings": yes(),
+        "ff_bias": yes(),
+        "audio_ff_bias": yes(),
+        "use_prompt_adaln_single": yes(),
+        "use_keyframes_abs_pos_embedding": yes(),
+    }
+
+
 CONFIGS: Mapping[str, tuple[str, Callable[[Random], Config]]] = {
     "FluxTransformer2DModel": ("flux1", _flux1),
     "Flux2Transformer2DModel": ("flux2", _flux2),
@@ -136,6 +168,7 @@ CONFIGS: Mapping[str, tuple[str, Callable[[Random], Config]]] = {
     "WanVACETransformer3DModel": ("wan", _wan_vace),
     "HunyuanVideoTransformer3DModel": ("hunyuan_video", _hunyuan_video),
     "ZImageTransformer2DModel": ("z_image", _z_image),
+    "LTX2VideoTransformer3DModel": ("ltx2", _ltx2),
 }
 
 
@@ -238,6 +271,7 @@ CONVERTERS = {
     "wan": ("original", "convert_wan_transformer_to_diffusers", {"image_dim": 8}),
     "hunyuan_video": ("original", "convert_hunyuan_video_transformer_to_diffusers", {}),
     "z_image": ("original", "convert_z_image_transformer_checkpoint_to_diffusers", {}),
+    "ltx2": ("original", "convert_ltx2_transformer_to_diffusers", {}),
 }
 
 
