@@ -11,7 +11,7 @@ import re
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -125,23 +125,44 @@ def generate(pipeline: Any, request: Request, on_step: OnStep | None = None) -> 
     Raises NonFiniteError where latents or pixels are not finite, naming the step and the first
     layer that went wrong, and RunError for a picture of one colour.
     """
-    if not request.prompt:
+    return generate_together(pipeline, [request], on_step)[0]
+
+
+def generate_together(
+    pipeline: Any, requests: Sequence[Request], on_step: OnStep | None = None
+) -> tuple[Result, ...]:
+    """Requests that differ in nothing but words and seeds, drawn as one batch: a result each.
+
+    Raises as `generate` does; a batch that goes bad does not say whose fault it was.
+    """
+    first = requests[0]
+    if not all(request.prompt for request in requests):
         raise UsageError("there is no prompt", hint="--prompt 'red apple'")
-    steps = request.num_inference_steps or 0
+    steps = first.num_inference_steps or 0
     watch = _Watch(steps, on_step)
     started = time.perf_counter()
     try:
-        pixels = draw(pipeline, request, watch)
+        pixels = draw(pipeline, first, watch, beside=requests[1:])
     except _LatentsWentBad as bad:
         raise NonFiniteError(
             f"latents are not finite after step {bad.step + 1} of {steps}; "
-            f"{_blame(pipeline, request)}"
+            f"{_blame(pipeline, requests)}"
         ) from None
     seconds = time.perf_counter() - started
     if not pixels.isfinite().all():
-        raise NonFiniteError(f"pixels are not finite; {_blame(pipeline, request)}")
+        raise NonFiniteError(f"pixels are not finite; {_blame(pipeline, requests)}")
     for index, picture in enumerate(pixels):
         _require_picture(picture, index)
+    shares = pixels.split([len(request.seeds) for request in requests])
+    return tuple(
+        _result(request, share, seconds, watch.seconds)
+        for request, share in zip(requests, shares, strict=True)
+    )
+
+
+def _result(
+    request: Request, pixels: Tensor, seconds: float, step_seconds: Sequence[float]
+) -> Result:
     height, width = pixels.shape[-2:]
     is_video = pixels.dim() == VIDEO_AXES
     frames = pixels.shape[1] if is_video else request.num_frames
@@ -150,7 +171,7 @@ def generate(pipeline: Any, request: Request, on_step: OnStep | None = None) -> 
         images=() if is_video else tuple(map(_image, pixels)),
         videos=tuple(tuple(map(_image, clip)) for clip in pixels) if is_video else (),
         seconds=seconds,
-        step_seconds=tuple(watch.seconds),
+        step_seconds=tuple(step_seconds),
     )
 
 
@@ -326,10 +347,17 @@ class _Watch:
         return values
 
 
-def draw(pipeline: Any, request: Request, watch: Callable[..., dict[str, Any]]) -> Tensor:
+def draw(
+    pipeline: Any,
+    request: Request,
+    watch: Callable[..., dict[str, Any]],
+    *,
+    beside: Sequence[Request] = (),
+) -> Tensor:
     """Pixels [B, 3, H, W], or [B, F, 3, H, W] of videos, between 0 and 1, as they come: unchecked.
 
-    watch  diffusers' `callback_on_step_end`: called with pipeline, step, timestep and the latents
+    watch   diffusers' `callback_on_step_end`: called with pipeline, step, timestep and the latents
+    beside  requests of other words and seeds, drawn in the same batch behind this one
     """
     accepted = inspect.signature(type(pipeline).__call__).parameters
     arguments = {
@@ -339,6 +367,7 @@ def draw(pipeline: Any, request: Request, watch: Callable[..., dict[str, Any]]) 
         "callback_on_step_end": watch,
         "output_type": "pt",
         **_opened(request),
+        **(_batched([request, *beside]) if beside else {}),
     }
     if request.width and request.height:
         # Kontext scales what was asked for to this area, a megapixel unless told otherwise.
@@ -359,6 +388,18 @@ def draw(pipeline: Any, request: Request, watch: Callable[..., dict[str, Any]]) 
             f"{type(pipeline).__name__} makes neither pictures nor videos, and only those are saved"
         )
     return made
+
+
+def _batched(requests: Sequence[Request]) -> dict[str, Any]:
+    """Arguments of a batch: one prompt and one generator per picture."""
+    alone = [(request, seed) for request in requests for seed in request.seeds]
+    negative = [request.negative_prompt for request, _ in alone]
+    return {
+        "prompt": [request.prompt for request, _ in alone],
+        **({"negative_prompt": negative} if negative[0] is not None else {}),
+        "num_images_per_prompt": 1,
+        "generator": [torch.Generator("cpu").manual_seed(seed) for _, seed in alone],
+    }
 
 
 def _opened(request: Request) -> dict[str, Any]:
@@ -389,8 +430,11 @@ def _from_input_check(error: ValueError) -> bool:
     return any(frame.name == "check_inputs" for frame in frames)
 
 
-def _blame(pipeline: Any, request: Request) -> str:
+def _blame(pipeline: Any, requests: Sequence[Request]) -> str:
     """The first layer whose output is not finite though its inputs are, found by drawing again."""
+    request, *beside = requests
+    if beside:
+        return f"{len(requests)} requests were drawn together"
     try:
         with _layers_watched(pipeline):
             draw(pipeline, request, _Watch(request.num_inference_steps or 0, None))

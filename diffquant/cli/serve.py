@@ -40,6 +40,14 @@ ONLY_SERVING = (
         help="Requests that may wait; the next one is told to come back.",
     ),
     click.option(
+        "--max-batch",
+        default=1,
+        show_default=True,
+        type=click.IntRange(min=1),
+        metavar="PICTURES",
+        help="Drawn at once, of waiting requests that differ in words and seeds alone.",
+    ),
+    click.option(
         "--timeout",
         default=600.0,
         show_default=True,

@@ -3,7 +3,7 @@
 import gc
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from diffquant import loading, run
 from diffquant.loading import Report
 from diffquant.serve import preview, readiness, wardrobe
-from diffquant.serve.jobs import Job, Preview
+from diffquant.serve.jobs import Job, Left, Preview, Stopped
 from diffquant.serve.readiness import Check
 from diffquant.serve.uploads import names
 
@@ -119,6 +119,32 @@ class Engine:
             if job.previews:
                 stack.enter_context(preview.watched(pipeline, seen))
             result = run.generate(pipeline, wanted, on_step)
+        return self._recorded(result)
+
+    def draw_together(self, jobs: Sequence[Job], left: Left) -> tuple[run.Result, ...]:
+        """Draw several jobs as one batch. Who is stopped on the way is told by `left`, and drawn in
+        vain; Stopped is raised when nobody is left."""
+        assert self.facts is not None
+        going = list(jobs)
+        self._wear(self.facts.lora if jobs[0].lora is None else jobs[0].lora)
+
+        def on_step(done: int, of: int) -> None:
+            for job in list(going):
+                job.step = done
+                if job.why_stopped is not None:
+                    going.remove(job)
+                    left(job, Stopped(job.why_stopped))
+                else:
+                    job.moved()
+            if not going:
+                raise Stopped("nobody waits for any of them")
+
+        results = run.generate_together(self._pipeline, [job.request for job in jobs], on_step)
+        return tuple(map(self._recorded, results))
+
+    def _recorded(self, result: run.Result) -> run.Result:
+        """With everything needed to draw it again; a batch is drawn again one by one."""
+        assert self.facts is not None
         result = replace(result, request=_told(result.request))
         adapters = self.facts.report.lora
         report = self.facts.report.to_json() | {"lora": wardrobe.told(adapters, self._worn)}

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -106,6 +106,20 @@ class Job:
         if self.tell is not None:
             self.tell(self, preview)
 
+    def goes_with(self, other: "Job") -> bool:
+        """Whether both can be drawn as one batch: they differ in words and seeds alone, and nobody
+        watches a picture of them come."""
+        return self._kind == other._kind and not (self.previews or other.previews)
+
+    @property
+    def _kind(self) -> tuple[Any, ...]:
+        said = self.request.negative_prompt is not None
+        alike = replace(
+            self.request, prompt=None, seed=None, negative_prompt=None, num_images_per_prompt=None
+        )
+        alone = self.id if self.request.image else None
+        return alike, said, self.lora, alone
+
     def to_json(self) -> dict[str, Any]:
         """Without its prompt: a list of jobs is read by others than who asked."""
         return {
@@ -117,3 +131,7 @@ class Job:
             "step": self.step,
             "steps": self.steps,
         }
+
+
+#: Called with a job of a batch that is stopped, and why.
+Left = Callable[[Job, Stopped], None]

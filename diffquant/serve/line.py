@@ -8,12 +8,12 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
 from diffquant.run import Result
-from diffquant.serve.jobs import Job, State, Stopped
+from diffquant.serve.jobs import Job, Left, State, Stopped
 from diffquant.serve.refusals import Refused
 
 LOG = logging.getLogger("diffquant.serve")
@@ -26,6 +26,7 @@ class Worked(Protocol):
 
     def open(self) -> None: ...
     def draw(self, job: Job) -> Result: ...
+    def draw_together(self, jobs: Sequence[Job], left: Left) -> Sequence[Result]: ...
     def recover(self) -> None: ...
     def close(self) -> None: ...
 
@@ -33,6 +34,7 @@ class Worked(Protocol):
 class Line:
     """Jobs in the order they came.
 
+    batch   pictures drawn at once, of jobs that go together
     ended   called with each job that has ended, and the seconds it waited and ran
     failed  called when the engine cannot be opened at the start
     """
@@ -42,12 +44,14 @@ class Line:
         engine: Worked,
         *,
         size: int,
+        batch: int = 1,
         idle: float | None = None,
         ended: Callable[[Job, float, float], None] | None = None,
         failed: Callable[[Exception], None] | None = None,
     ) -> None:
         self.engine = engine
         self.size = size
+        self.batch = batch
         self.idle = idle
         self.running: Job | None = None
         self.failure: Exception | None = None
@@ -167,7 +171,11 @@ class Line:
         while (job := self._next()) is not None:
             self._run_errands()
             self.running = job
-            self._draw(job)
+            beside = self._companions(job)
+            if beside:
+                self._draw_together([job, *beside])
+            else:
+                self._draw(job)
             self.running = None
         self._run_errands()
         self._shut()
@@ -216,16 +224,57 @@ class Line:
             self.engine.close()
             self._is_open = False
 
+    def _companions(self, job: Job) -> list[Job]:
+        """Waiting jobs that can be drawn with it; the order of the others stays."""
+        room = self.batch - len(job.request.seeds)
+        beside: list[Job] = []
+        with self._changed:
+            for each in list(self._waiting):
+                if job.goes_with(each) and len(each.request.seeds) <= room:
+                    room -= len(each.request.seeds)
+                    self._waiting.remove(each)
+                    beside.append(each)
+        return beside
+
+    def _draw_together(self, jobs: Sequence[Job]) -> None:
+        """As one batch; where that fails each alone, so that nobody pays for a neighbour."""
+        started = time.monotonic()
+
+        def left(job: Job, why: Stopped) -> None:
+            self._finish(job, State.CANCELLED, why, started)
+
+        try:
+            for job in jobs:
+                self._begin(job, started)
+            results = self.engine.draw_together(jobs, left)
+        except Stopped:
+            self._recover()
+        except Exception:
+            LOG.exception("%d jobs failed together; each is drawn alone", len(jobs))
+            self._recover()
+            for job in jobs:
+                if not job.outcome.done():
+                    self._draw(job)
+        else:
+            for job, result in zip(jobs, results, strict=True):
+                if not job.outcome.done():
+                    self._finish(job, State.COMPLETED, result, started)
+            self._learn(jobs[0], results[0])
+
+    def _begin(self, job: Job, started: float) -> None:
+        job.state = State.RUNNING
+        job.began = started
+        job.step = 0
+        job.moved()
+        if not self._is_open:
+            self.engine.open()
+            self._is_open = True
+
     def _draw(self, job: Job) -> None:
         started = time.monotonic()
         try:
             job.require_going()
-            job.state = State.RUNNING
-            job.began = started
-            job.moved()
-            if not self._is_open:
-                self.engine.open()
-                self._is_open = True
+            self._begin(job, started)
             result = self.engine.draw(job)
         except Stopped as stopped:
             self._recover()

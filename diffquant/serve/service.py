@@ -45,6 +45,7 @@ class Service:
         self.line = Line(
             engine,
             size=settings.queue_size,
+            batch=settings.max_batch,
             idle=settings.idle_unload,
             ended=self._ended,
             failed=failed,

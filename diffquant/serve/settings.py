@@ -32,6 +32,7 @@ class Settings:
     """How to serve.
 
     queue_size   jobs that may wait; one more is answered with 429
+    max_batch    pictures drawn at once, of requests that differ in words and seeds alone
     timeout      seconds from a request's arrival to its picture
     idle_unload  seconds without a job after which the model is let go; None: never
     drain        seconds that running and waiting jobs get after SIGTERM
@@ -42,6 +43,7 @@ class Settings:
     api_key: str | None = None
     insecure: bool = False
     queue_size: int = 32
+    max_batch: int = 1
     timeout: float = 600.0
     idle_unload: float | None = None
     drain: float = 60.0
