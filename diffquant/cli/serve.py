@@ -1,6 +1,5 @@
 """`diffquant serve`: a pipeline behind HTTP, until it is told to stop."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -69,6 +68,13 @@ ONLY_SERVING = (
         metavar="SECONDS",
         help="What requests get that are here when the server is told to stop.",
     ),
+    click.option(
+        "--log-format",
+        type=click.Choice(["text", "json"]),
+        default="text",
+        show_default=True,
+        help="One line per event, on stderr.",
+    ),
     click.option("--ssl-keyfile", type=click.Path(exists=True, dir_okay=False), metavar="FILE"),
     click.option("--ssl-certfile", type=click.Path(exists=True, dir_okay=False), metavar="FILE"),
 )
@@ -104,6 +110,7 @@ def COMMAND(prepared: Prepared, /, **values: Any) -> None:
 
 def _serve(model: ModelFlags, dry: loading.DryRun, values: Mapping[str, Any]) -> None:
     """Until a signal, or until the model turns out not to be servable."""
+    from diffquant.serve import logs
     from diffquant.serve.app import listen, server
     from diffquant.serve.engine import Engine
     from diffquant.serve.service import Service
@@ -113,7 +120,7 @@ def _serve(model: ModelFlags, dry: loading.DryRun, values: Mapping[str, Any]) ->
     settings = _settings(values)
     settings.require_safe()
     _talk.quiet_bars()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logs.start(values["log_format"])
     engine = Engine(_origin(model, dry))
     failures: list[Exception] = []
 

@@ -1,10 +1,10 @@
 """Everything a route needs, made once: settings, engine, line, shelf, metrics."""
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from diffquant.serve import logs
 from diffquant.serve.bodies import body_name
 from diffquant.serve.engine import Engine, Facts, Origin
 from diffquant.serve.jobs import Job
@@ -13,8 +13,6 @@ from diffquant.serve.metrics import Metrics
 from diffquant.serve.pictures import Shelf
 from diffquant.serve.refusals import Refused
 from diffquant.serve.settings import Settings
-
-LOG = logging.getLogger("diffquant.serve")
 
 
 class Service:
@@ -89,12 +87,12 @@ class Service:
 
     def _ended(self, job: Job, waited: float, drew: float) -> None:
         self.metrics.ended(job, waited, drew)
-        LOG.info(
-            "job=%s state=%s user=%r steps=%d waited=%.3f drew=%.3f",
-            job.id,
-            job.state,
-            job.user,
-            job.step,
-            waited,
-            drew,
+        logs.event(
+            "job ended",
+            job=job.id,
+            state=str(job.state),
+            user=job.user,
+            steps=job.step,
+            waited=round(waited, 3),
+            drew=round(drew, 3),
         )

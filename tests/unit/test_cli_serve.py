@@ -34,7 +34,7 @@ def test_every_model_flag_of_generate_works_here() -> None:
         (["--api-key", "1234"], "too short to be a secret"),
         (["--model-path", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--queue-size", "0"], "--queue-size"),
-        (["--max-batch", "4"], "--max-batch"),
+        (["--max-batch", "0"], "--max-batch"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_anything_is_loaded(
