@@ -36,8 +36,8 @@ from diffquant.tensors import Weights
 FACTOR = 3.0
 #: No encoding loses more than this part of a weight.
 LOST = 0.5
-#: What rounding and shifted inputs may cost a bias.
-BIAS = 0.05
+#: What rounding, shifted inputs and making up for lost weights by the average input may cost a bias.
+BIAS = 0.1
 #: What storing a weight in bfloat16 once more may cost; errors below say nothing.
 ROUNDING = 2.0**-8
 #: Base layers a suspicious one is held against.
