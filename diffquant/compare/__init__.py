@@ -18,7 +18,7 @@ from diffquant import loading
 from diffquant.compare.asking import generate_command
 from diffquant.compare.comparison import Candidate, Comparison, Pair
 from diffquant.compare.cost import Cost, joined
-from diffquant.compare.judges import JUDGES, Bench, require
+from diffquant.compare.judges import Bench
 from diffquant.compare.layers import (
     Layer,
     OneStep,
@@ -82,7 +82,7 @@ class Question:
 def compare(question: Question, on_progress: Progress = lambda what, done, of: None) -> Comparison:
     """Answer it. Raises UsageError or RunError where the comparison would be unfair."""
     bench = Bench()
-    require(question.thresholds, bench, JUDGES)
+    bench.require(question.thresholds)
     reference = _reference(question, on_progress)
     if question.save_reference is not None:
         save(reference, question.save_reference)

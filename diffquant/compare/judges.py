@@ -8,7 +8,7 @@ among them, because it hardly sees what quantization does to a picture.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -62,14 +62,24 @@ class Bench:
 
     def __init__(self, judges: "tuple[Judge, ...] | None" = None) -> None:
         self.unmeasured: dict[str, str] = {}
+        self._judges = JUDGES if judges is None else judges
         self._waiting: dict[str, Judge] = {}
         self._measures: dict[str, Measure] = {}
-        for judge in JUDGES if judges is None else judges:
+        for judge in self._judges:
             absence = judge.absence()
             if absence is None:
                 self._waiting[judge.figure] = judge
             else:
                 self.unmeasured[judge.figure] = absence
+
+    def require(self, figures: Container[str]) -> None:
+        """Raises UsageError where one of the figures is a judge's that is not here."""
+        for judge in self._judges:
+            if judge.figure in figures and judge.figure in self.unmeasured:
+                raise UsageError(
+                    f"{judge.figure} cannot be measured: {self.unmeasured[judge.figure]}",
+                    hint=judge.hint,
+                )
 
     def figures(self, prompt: str, reference: Tensor, candidate: Tensor) -> dict[str, float]:
         """What every judge says of one pair of pictures or videos."""
@@ -86,16 +96,6 @@ class Bench:
                 self._measures[name] = judge.load()
             except (ImportError, OSError) as error:
                 self.unmeasured[name] = f"{judge.package} is here but does not load: {error}"
-
-
-def require(thresholds: Mapping[str, float], bench: Bench, judges: "tuple[Judge, ...]") -> None:
-    """Raises UsageError where a threshold was typed for a judge that is not here."""
-    for judge in judges:
-        if judge.figure in thresholds and judge.figure in bench.unmeasured:
-            raise UsageError(
-                f"{judge.figure} cannot be measured: {bench.unmeasured[judge.figure]}",
-                hint=judge.hint,
-            )
 
 
 # --------------------------------------------------------------------------------------- the judges

@@ -7,15 +7,20 @@ how wide that is.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import product
 from math import ceil, floor, isfinite, log10
 
 WIDTH, HEIGHT = 440, 256
 LEFT, RIGHT, TOP, BOTTOM = 44, 14, 26, 34
-LINE = 13  # between labels that would overlap
+LINE = 12  # height of a label
+RADIUS, GAP = 5, 9  # of a dot, and from its middle to its label
 BAR = 0.72  # of the room one bar has
 LETTER = 6.0  # mean width of a letter of a label
 DECADES = 7  # at most, on a logarithmic axis
 FEW = 300.0  # highest over lowest, up to which 2 and 5 are marked between the powers of ten
+
+#: left, top, right, bottom
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,18 +174,36 @@ def _wall(wall: tuple[str, float], across: Axis) -> str:
 
 
 def _labelled(items: Sequence[Dot], across: Axis, up: Axis) -> Iterator[str]:
-    """Dots with their names beside them, moved apart where two would overlap."""
-    lowest = -float(LINE)
-    for item in sorted(items, key=lambda item: up.at(item.y)):
-        x, y = across.at(item.x), up.at(item.y)
-        lowest = max(y + 3.5, lowest + LINE)
-        fits = x + 8 + LETTER * len(item.name) < WIDTH
-        side, label = ("", x + 8) if fits else (" end", x - 8)
+    """Dots, each with its name beside it where there is room; all tell it when pointed at."""
+    places = [(across.at(item.x), up.at(item.y)) for item in items]
+    taken = [(x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS) for x, y in places]
+    for item, (x, y) in zip(items, places, strict=True):
         name = escape(item.name)
         yield (
-            f'<g class="dot {item.kind}"><title>{name}</title><circle cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
-            f'<text class="label{side}" x="{label:.1f}" y="{lowest:.1f}">{name}</text></g>'
+            f'<g class="dot {item.kind}"><title>{name}</title>'
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{RADIUS}"/>{_label(item.name, x, y, taken)}</g>'
         )
+
+
+def _label(name: str, x: float, y: float, taken: list[Box]) -> str:
+    """The name in the first free place around the dot, which is taken from then on; or nothing."""
+    width = LETTER * len(name)
+    for side, rise in product((1, -1), (0.0, -0.8, 0.8, -1.6, 1.6)):
+        left, middle = (x + GAP if side > 0 else x - GAP - width), y + rise * LINE
+        box = (left, middle - LINE / 2, left + width, middle + LINE / 2)
+        inside = LEFT < left and left + width < WIDTH and TOP < box[1] and box[3] < HEIGHT - BOTTOM
+        if inside and not any(_overlap(box, other) for other in taken):
+            taken.append(box)
+            anchor, at = ("", left) if side > 0 else (" end", left + width)
+            return (
+                f'<text class="label{anchor}" x="{at:.1f}" y="{middle + 3.5:.1f}">'
+                f"{escape(name)}</text>"
+            )
+    return ""
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 # -------------------------------------------------------------------------------------------- scales

@@ -1,37 +1,26 @@
 """A comparison as one HTML page that holds everything it shows and asks no network."""
 
-import base64
-import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from math import isfinite, isnan
 from pathlib import Path
 
-import torch
-from PIL import Image
-from torch import Tensor
-
 from diffquant.compare import plots
-from diffquant.compare.comparison import BEHIND, MEANS, Candidate, Comparison, Pair
+from diffquant.compare.comparison import BEHIND, MEANS, Candidate, Comparison
 from diffquant.compare.cost import Cost
 from diffquant.compare.layers import Layer
 from diffquant.compare.means import Mean
-from diffquant.compare.metrics import WHITE
+from diffquant.compare.pictures import article, references
 from diffquant.compare.verdict import FIGURES, Check
 from diffquant.plan import DENSE
 
 HERE = Path(__file__).parent
-#: Side in pixels below which a picture is shown with its pixels as squares.
-SMALL = 200
-#: Colours of a difference, from none to the largest, as RGB.
-RAMP = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164))
-#: The difference of which this part of the pixels stays below is shown as the largest.
-BRIGHT = 0.995
-GAINS = (1, 2, 4, 8, 16, 32, 64, 128)
 #: The figures of tiles that are means over drawings, and how MEANS calls them.
 MEAN_OF = {"psnr": "psnr_db", "ssim": "ssim", "cosine": "cosine", "relative_l2": "relative_l2"}
 HUES = 6
 WORST = 8
+#: Commands that are shown without being asked for.
+FEW = 4
 
 
 def page(comparison: Comparison) -> str:
@@ -50,7 +39,7 @@ def page(comparison: Comparison) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(_title(comparison))}</title>"
-        f"<style>{_text('report.css')}{_references(drawn)}</style></head>"
+        f"<style>{_text('report.css')}{references(drawn)}</style></head>"
         f"<body><main>{''.join(body)}"
         "<footer>Made by diffquant. Same noise, prompts and steps on both sides; the two were never "
         f"in memory together.</footer></main><script>{_text('report.js')}</script></body></html>\n"
@@ -134,9 +123,9 @@ def _summed(candidate: Candidate, comparison: Comparison) -> Iterator[str]:
 def _signed(difference: Mean) -> str:
     """With how sure it is, where that is known."""
     said = f"{difference.value:+.1f} dB"
-    if difference.low is None or difference.high is None:
-        return said
-    return f"{said} <small>{_between(difference, '+.1f')}</small>"
+    if difference.low is not None and difference.high is not None:
+        said += f" <small>{_between(difference, '+.1f')}</small>"
+    return said.replace("-", "−")
 
 
 def _between(found: Mean, form: str) -> str:
@@ -170,7 +159,8 @@ def _candidate(candidate: Candidate, comparison: Comparison) -> str:
         if f"{candidate.name}: {text}" != comparison.first_failure
     )
     pairs = "".join(
-        _pair(pair, index, candidate, comparison) for index, pair in enumerate(candidate.pairs)
+        article(pair, index, candidate.name, comparison.reference)
+        for index, pair in enumerate(candidate.pairs)
     )
     return (
         f'<section class="candidate"><div class="tiles">{"".join(_tiles(candidate, comparison))}</div>'
@@ -231,98 +221,6 @@ def _times(ratio: Mean) -> str:
     if ratio.low is None or ratio.high is None:
         return said
     return f"{said}<small>{_between(ratio, '.2f')} (95 %)</small>"
-
-
-# ------------------------------------------------------------------------------------------ pictures
-
-
-def _pair(pair: Pair, index: int, candidate: Candidate, comparison: Comparison) -> str:
-    reference, ours = _middle(pair.reference_frames), _middle(pair.candidate_frames)
-    height, width = ours.shape[-2:]
-    small = " small" if min(height, width) < SMALL else ""
-    prompt, seed = escape(pair.request.prompt or ""), pair.request.seeds[0]
-    gain = _gain(reference, ours)
-    return (
-        f'<article class="card pair{small}" style="--shape:{width}/{height}">'
-        f"<h3>{prompt}<span>seed {seed}{_which(pair.candidate_frames)}</span></h3>"
-        '<div class="views"><div class="view slide">'
-        f'<div style="background-image:var(--picture{index})"></div>'
-        f'<div class="over-it" style="background-image:{_url(ours)}"></div>'
-        '<div class="knob"></div>'
-        f'<span class="tag left">{escape(comparison.reference)}</span>'
-        f'<span class="tag right">{escape(candidate.name)}</span>'
-        f'<input type="range" min="0" max="100" value="50" step="0.5" '
-        f'aria-label="Share of the reference shown, {prompt}"></div>'
-        f'<div class="view"><div role="img" aria-label="Difference, amplified {gain} times" '
-        f'style="background-image:{_url(_difference(reference, ours, gain))}"></div>'
-        f'<span class="tag right">difference × {gain}</span></div></div>'
-        f'<div class="figures">{"".join(_figures(pair))}</div></article>'
-    )
-
-
-def _figures(pair: Pair) -> Iterator[str]:
-    alike = pair.likeness
-    psnr = f"{alike.psnr_db:.1f} dB" if isfinite(alike.psnr_db) else "identical"
-    named = [
-        ("PSNR", psnr),
-        ("SSIM", f"{alike.ssim:.4f}"),
-        ("MS-SSIM", None if alike.ms_ssim is None else f"{alike.ms_ssim:.4f}"),
-        ("MAE", f"{alike.mae:.2f}/255"),
-        ("flicker", None if alike.flicker is None else f"{alike.flicker:.2f}/255"),
-        ("worst frame", f"{min(alike.frames):.1f} dB" if alike.frames else None),
-        *((FIGURES[name].title, FIGURES[name].shown(said)) for name, said in pair.learned.items()),
-    ]
-    for name, value in named:
-        if value is not None:
-            yield f"<span>{name} <b>{value}</b></span>"
-    for flaw in (*(f"reference: {flaw}" for flaw in pair.reference_flaws), *pair.flaws):
-        yield f'<span class="bad">{escape(flaw)}</span>'
-
-
-def _middle(frames: Tensor) -> Tensor:
-    return frames[len(frames) // 2]
-
-
-def _which(frames: Tensor) -> str:
-    """The frame that is shown, where there are several."""
-    count = len(frames)
-    return f" · frame {count // 2 + 1} of {count}" if count > 1 else ""
-
-
-def _gain(reference: Tensor, ours: Tensor) -> int:
-    """The largest power of two at which almost every difference still has room."""
-    gap = (reference.float() - ours.float()).abs().mean(0).flatten()
-    bright = float(gap.sort().values[int(BRIGHT * (gap.numel() - 1))])
-    return next((gain for gain in reversed(GAINS) if bright * gain <= WHITE), 1)
-
-
-def _difference(reference: Tensor, ours: Tensor, gain: int) -> Tensor:
-    """Mean absolute difference over the channels, amplified, in colour: uint8 [3, H, W]."""
-    gap = (reference.float() - ours.float()).abs().mean(0) * gain / WHITE
-    ramp = torch.tensor(RAMP, dtype=torch.float32)
-    place = gap.clamp(0, 1) * (len(RAMP) - 1)
-    below = place.long().clamp(max=len(RAMP) - 2)
-    part = (place - below).unsqueeze(-1)
-    mixed = ramp[below] * (1 - part) + ramp[below + 1] * part
-    return mixed.round().to(torch.uint8).permute(2, 0, 1)
-
-
-def _references(pairs: Sequence[Pair]) -> str:
-    """The reference's pictures, once each, for all candidates."""
-    urls = (
-        f"--picture{index}:{_url(_middle(pair.reference_frames))};"
-        for index, pair in enumerate(pairs)
-    )
-    return f":root{{{''.join(urls)}}}"
-
-
-def _url(picture: Tensor) -> str:
-    """uint8 [3, H, W] as a CSS url that holds the picture itself."""
-    stream = io.BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(
-        stream, "PNG", optimize=True
-    )
-    return f"url(data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()})"
 
 
 # --------------------------------------------------------------------------------------------- plots
@@ -511,7 +409,10 @@ def _costs(comparison: Comparison) -> str:
 def _measured(cost: Cost) -> str:
     rounds = len(cost.step_seconds)
     if rounds == 1:
-        return "Measured once, so nobody knows how sure it is; --repeat 5 tells."
+        return (
+            "Measured once: the reference came first and paid for what a process does but once. "
+            "--repeat 5 takes turns, and tells how sure the numbers are."
+        )
     return f"Measured in {rounds} rounds, the sides in turns; small numbers hold 95 % of means."
 
 
@@ -573,18 +474,22 @@ def _sure(seconds: Mean) -> str:
 
 
 def _commands(comparison: Comparison) -> str:
-    named = [
-        ("This comparison", comparison.command),
+    pictures = [
         (f"A picture by {comparison.reference}", comparison.reference_command),
         *((f"A picture by {each.name}", each.command) for each in comparison.candidates),
     ]
-    blocks = "".join(
+    blocks = "".join(_command(title, command) for title, command in pictures)
+    if len(pictures) > FEW:
+        blocks = f"<details><summary>One picture by each</summary>{blocks}</details>"
+    ours = _command("This comparison", comparison.command) if comparison.command else ""
+    return f"<h2>The commands</h2>{ours}{blocks}"
+
+
+def _command(title: str, command: str) -> str:
+    return (
         f'<p class="note">{escape(title)}</p><div class="card command"><pre>{escape(command)}</pre>'
         '<button type="button">copy</button></div>'
-        for title, command in named
-        if command
     )
-    return f"<h2>The commands</h2>{blocks}" if blocks else ""
 
 
 def _conditions(comparison: Comparison) -> str:

@@ -64,7 +64,7 @@ def nibbles_swapped(codes: Tensor) -> Tensor:
 def unswizzled(scales: Tensor) -> Tensor:
     """From 128 x 4 tiles to rows, in a file whose other scales stay in tiles."""
     tiles = LAYOUTS.load("tiles_128x4")
-    return tiles.undo(scales, Role.BLOCK_SCALE, tuple(scales.shape), {})
+    return tiles.undo(scales, Role.BLOCK_SCALE, tuple(scales.shape), ())
 
 
 def exchanged(tensors: Tensors) -> Tensors:
@@ -88,10 +88,10 @@ def with_the_plain_bias(tensors: Tensors) -> Tensors:
     order = LAYOUTS.load("nunchaku_mma")
     name = f"{FIRST_FC2}.bias"
     stored = tensors[name]
-    bias = order.undo(stored, Role.BIAS, (len(stored),), {}).float()
+    bias = order.undo(stored, Role.BIAS, (len(stored),), ()).float()
     bias += GELU_SHIFT * weight_NK.sum(1)
     assert order.redo is not None
-    plain = order.redo(bias.to(stored.dtype), Role.BIAS, (len(stored),), {})
+    plain = order.redo(bias.to(stored.dtype), Role.BIAS, (len(stored),), ())
     return {**tensors, name: plain}
 
 
@@ -204,7 +204,7 @@ def drawn(base: Path) -> dict[str, Any]:
     return {"model_path": str(base), "device": "cpu", "saved_reference": saved}
 
 
-def written(file: Path, change: Change, folder: Path) -> dict[str, str]:
+def written(file: Path, change: Change, folder: Path) -> dict[str, Any]:
     """The flag that names a changed copy of the file."""
     weights = file if file.is_file() else file / WEIGHTS
     with safe_open(weights, "pt") as stored:

@@ -1,6 +1,8 @@
 """Judges that are there, that are not there, and that do not load; one of them in full."""
 
 import sys
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 import diffquant
-from diffquant.compare.judges import ALEXNET, JUDGES, Bench, Judge, require
+from diffquant.compare.judges import ALEXNET, JUDGES, Bench, Judge
 from diffquant.errors import UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torchmetrics warns of its network's weights
@@ -82,25 +84,28 @@ def test_a_judge_that_does_not_load_is_told_and_the_rest_goes_on() -> None:
 
 
 def test_a_threshold_for_an_absent_judge_is_refused_before_anything_is_loaded() -> None:
-    absent = (judge(package="no_such_package"),)
+    bench = Bench((judge(package="no_such_package"),))
     with pytest.raises(UsageError, match="lpips cannot be measured: no_such_package is not"):
-        require({"lpips": 0.1}, Bench(absent), absent)
-    require({"psnr": 28.0}, Bench(absent), absent)
+        bench.require({"lpips": 0.1})
+    bench.require({"psnr": 28.0})
 
 
 @pytest.fixture
 def torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A torchvision with nothing but AlexNet, and a file where its weights would be."""
-    (tmp_path / "torchvision").mkdir()
-    (tmp_path / "torchvision" / "__init__.py").write_text("from torchvision import models\n")
-    (tmp_path / "torchvision" / "models.py").write_text(ALEXNET_IN_TORCHVISION)
+    lpips = import_module("torchmetrics.functional.image.lpips")  # before it could find this one
+    monkeypatch.setattr(lpips, "_TORCHVISION_AVAILABLE", True)
+    source = tmp_path / "torchvision.py"
+    source.write_text(ALEXNET_IN_TORCHVISION)
+    spec = spec_from_file_location("torchvision", source)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "models", module, raising=False)
+    monkeypatch.setitem(sys.modules, "torchvision", module)
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     (tmp_path / "hub" / "checkpoints" / ALEXNET).touch()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("torchmetrics.functional.image.lpips._TORCHVISION_AVAILABLE", True)
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.mark.usefixtures("torchvision")
@@ -114,13 +119,17 @@ def test_lpips_is_zero_for_equal_pictures_and_grows_with_the_difference() -> Non
     assert bench.figures("", pictures(side=16), pictures(side=16)) == {}
 
 
-@pytest.mark.usefixtures("torchvision")
-def test_a_comparison_judges_where_it_can_and_says_where_it_cannot() -> None:
+def test_a_comparison_judges_where_it_can_and_says_where_it_cannot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    absent = judge(figure="image_reward", package="no_such_package")
+    monkeypatch.setattr(import_module("diffquant.compare.judges"), "JUDGES", (judge(), absent))
     found = diffquant.compare(
-        prompts=["car"], num_inference_steps=1, device="cpu", thresholds={"lpips": 0.5}
+        prompts=["car"], num_inference_steps=1, device="cpu", thresholds={"lpips": 0.4}
     )
     told = found.to_json()
-    assert told["candidates"][0]["figures"]["lpips"] > 0
-    assert told["candidates"][0]["pairs"][0]["picture"]["lpips"] > 0
-    assert told["unmeasured"] == {"image_reward": "ImageReward is not installed"}
+    assert told["candidates"][0]["figures"]["lpips"] == 0.5
+    assert told["candidates"][0]["pairs"][0]["picture"]["lpips"] == 0.5
+    assert told["unmeasured"] == {"image_reward": "no_such_package is not installed"}
+    assert found.first_failure == "emoji_flux_modelopt_fp8: LPIPS 0.5000 > 0.4000"
     assert "LPIPS <b>" in found.to_html()

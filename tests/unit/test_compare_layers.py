@@ -28,7 +28,8 @@ def compared(**flags: Any) -> Comparison:
 
 def adapter(path: Path) -> str:
     """A LoRA that was never trained, on every attention query and value."""
-    noise, tensors = torch.Generator().manual_seed(0), {}
+    noise = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
     with safe_open(BASE / "diffusion_pytorch_model.safetensors", "pt") as file:
         for name in file.keys():
             if name.endswith(("to_q.weight", "to_v.weight")):
@@ -64,7 +65,7 @@ def test_a_kernel_that_lies_is_named_by_answer_2_though_the_file_is_right(
         if path.endswith(LIAR):
             product = module.forward
             monkeypatch.setattr(module, "forward", lambda x: product(x).roll(1, -1), raising=False)
-        return honest(module, dry, path, rows)
+        return float(honest(module, dry, path, rows))
 
     monkeypatch.setattr(layers, "kernel_error", judge)
     found = compared()
