@@ -1,0 +1,195 @@
+"""The same linear layer in other libraries, against ours in the nearest numbers, in the same rounds.
+
+What is compared is overhead: how much longer than bf16 `F.linear` a layer takes.
+
+    pip install --no-deps --target peers torchao==0.18.0 optimum-quanto gguf ninja comfy-kitchen
+    python -m benchmarks peers --peers peers
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import Section, Settings
+from benchmarks._layers import KINDS, K, N, dense, encoded
+from benchmarks._measuring import Times, in_turns
+from benchmarks._results import table
+
+PLAIN = "bf16 `F.linear`"
+TOKENS = (256, 1024)
+#: Our overhead may be at most this part of a peer's.
+SHARE = 0.5
+ROUNDS = 5
+
+Linear = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """A layer of another library.
+
+    package  the module that must be there
+    nearest  which of ours stores the weight in the nearest numbers
+    build    the bf16 layer -> theirs, through their public way of quantizing a linear
+    """
+
+    package: str
+    nearest: str
+    build: Callable[[nn.Linear], Linear]
+
+
+def _torchao(config: str) -> Callable[[nn.Linear], Linear]:
+    def build(layer: nn.Linear) -> Linear:
+        from torchao import quantization
+
+        model = nn.Sequential(_copy(layer))
+        quantization.quantize_(model, getattr(quantization, config)())
+        return model
+
+    return build
+
+
+def _quanto(kind: str) -> Callable[[nn.Linear], Linear]:
+    def build(layer: nn.Linear) -> Linear:
+        from optimum import quanto
+
+        model = nn.Sequential(_copy(layer))
+        quanto.quantize(model, weights=getattr(quanto, kind))
+        quanto.freeze(model)
+        return model
+
+    return build
+
+
+def _gguf(kind: str) -> Callable[[nn.Linear], Linear]:
+    def build(layer: nn.Linear) -> Linear:
+        import gguf
+        from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+        number = gguf.GGMLQuantizationType[kind]
+        stored = gguf.quants.quantize(layer.weight.float().numpy(), number)
+        with torch.device("meta"):
+            model = GGUFLinear(K, N, compute_dtype=torch.bfloat16)
+        model.weight = GGUFParameter(torch.from_numpy(stored), quant_type=number)
+        linear: Linear = model
+        return linear
+
+    return build
+
+
+def _comfy_fp8(layer: nn.Linear) -> Linear:
+    from comfy_kitchen.backends.eager import quantization as eager
+
+    scale = layer.weight.float().abs().max() / 448
+    codes = eager.quantize_per_tensor_fp8(layer.weight, scale)
+    return lambda x: nn.functional.linear(x, eager.dequantize_per_tensor_fp8(codes, scale))
+
+
+def _comfy_nvfp4(layer: nn.Linear) -> Linear:
+    from comfy_kitchen.backends.eager import quantization as eager
+
+    scale = layer.weight.float().abs().max() / (448 * 6)
+    codes, blocks = eager.quantize_nvfp4(layer.weight, scale)
+    return lambda x: nn.functional.linear(x, eager.dequantize_nvfp4(codes, scale, blocks))
+
+
+def _comfy_mxfp8(layer: nn.Linear) -> Linear:
+    from comfy_kitchen.backends.eager import quantization as eager
+
+    codes, blocks = eager.quantize_mxfp8(layer.weight)
+    return lambda x: nn.functional.linear(x, eager.dequantize_mxfp8(codes, blocks))
+
+
+def _copy(layer: nn.Linear) -> nn.Linear:
+    own = nn.Linear(K, N, bias=False, dtype=layer.weight.dtype)
+    own.weight.data = layer.weight.data.clone()
+    return own.requires_grad_(False)
+
+
+PEERS = {
+    "torchao Float8WeightOnly": Peer(
+        package="torchao",
+        nearest="fp8, channel scale",
+        build=_torchao("Float8WeightOnlyConfig"),
+    ),
+    "torchao Int8WeightOnly": Peer(
+        package="torchao", nearest="int8", build=_torchao("Int8WeightOnlyConfig")
+    ),
+    "quanto qfloat8": Peer(
+        package="optimum.quanto", nearest="fp8, channel scale", build=_quanto("qfloat8")
+    ),
+    "quanto qint8": Peer(package="optimum.quanto", nearest="int8", build=_quanto("qint8")),
+    "quanto qint4": Peer(
+        package="optimum.quanto", nearest="int4 + rank 32", build=_quanto("qint4")
+    ),
+    "diffusers GGUF Q8_0": Peer(package="gguf", nearest="int8", build=_gguf("Q8_0")),
+    "diffusers GGUF Q4_0": Peer(package="gguf", nearest="int4 + rank 32", build=_gguf("Q4_0")),
+    "comfy-kitchen eager fp8": Peer(
+        package="comfy_kitchen", nearest="fp8, tensor scale", build=_comfy_fp8
+    ),
+    "comfy-kitchen eager mxfp8": Peer(package="comfy_kitchen", nearest="mxfp8", build=_comfy_mxfp8),
+    "comfy-kitchen eager nvfp4": Peer(package="comfy_kitchen", nearest="nvfp4", build=_comfy_nvfp4),
+}
+
+
+def run(settings: Settings) -> str:
+    logging.disable(logging.WARNING)  # torchao says at every import what of torch is deprecated
+    there = {name: peer for name, peer in PEERS.items() if is_installed(peer.package)}
+    absent = sorted({peer.package for name, peer in PEERS.items() if name not in there})
+    with torch.no_grad():
+        plain = dense()
+        ours = {peer.nearest for peer in there.values()}
+        layers: dict[str, Linear] = {name: encoded(plain.weight, KINDS[name]) for name in ours}
+        theirs = {name: peer.build(plain) for name, peer in there.items()}
+        timed = {
+            tokens: _timed({PLAIN: plain, **layers, **theirs}, tokens, settings)
+            for tokens in TOKENS
+        }
+    missing = f"\n\nNot installed, so not measured: {', '.join(absent)}." if absent else ""
+    return f"{_about()}\n\n{_table(there, timed)}{missing}"
+
+
+def is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # the parent of a dotted name
+        return False
+
+
+def _timed(layers: Mapping[str, Linear], tokens: int, settings: Settings) -> Times:
+    x_MK = torch.randn(tokens, K).bfloat16()
+    calls = {name: (lambda layer=layer: layer(x_MK)) for name, layer in layers.items()}
+    return in_turns(calls, min(settings.rounds, ROUNDS))
+
+
+def _about() -> str:
+    return (
+        f"The layer [{N}, {K}] of the section above. Ratios are medians to {PLAIN}. *part* is our "
+        f"overhead over bf16 as a part of theirs, at most {SHARE} is the goal. GGUF blocks are "
+        "compared with our nearest integers, because diffquant does not read ggml types; int4 of "
+        "ours carries a low-rank branch besides. comfy-kitchen is its eager decode and `F.linear`, "
+        "which is what it does without a GPU."
+    )
+
+
+def _table(peers: Mapping[str, Peer], timed: Mapping[int, Times]) -> str:
+    header = ("peer", "ours", *(f"M = {tokens}: theirs, ours, part" for tokens in TOKENS))
+    rows = [
+        (name, peer.nearest, *(_cell(name, peer.nearest, timed[tokens]) for tokens in TOKENS))
+        for name, peer in peers.items()
+    ]
+    return table(header, rows)
+
+
+def _cell(peer: str, nearest: str, times: Times) -> str:
+    theirs, ours = times.ratio(peer, PLAIN).median, times.ratio(nearest, PLAIN).median
+    part = (ours - 1) / (theirs - 1) if theirs > 1 else float("inf")
+    verdict = "met" if part <= SHARE else "**missed**"
+    return f"{theirs:.2f}, {ours:.2f}, {part:.2f} {verdict}"
+
+
+SECTION = Section(order=20, title="Other libraries", run=run)
