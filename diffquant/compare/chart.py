@@ -168,7 +168,7 @@ def _legend(sheet: _Sheet, hues: Mapping[str, str]) -> None:
     if len(hues) == 1:
         return
     right = float(WIDTH - RIGHT)
-    for kind, colour in reversed(hues.items()):
+    for kind, colour in reversed(list(hues.items())):
         sheet.text((right, TOP - 14), kind, anchor="rs")
         right -= _length(kind) + 11
         sheet.dot((right + 3, TOP - 18), colour)

@@ -182,7 +182,7 @@ def test_a_complete_preset_is_not_added_to_and_another_is(
         written = tmp_path / f"{name}.toml"
         written.write_text(f'family = "flux1"\n{text}\n[[keep]]\npatterns = ["x_embedder"]\n'
                            'reason = "measured"\nsource = "test"\n', "utf-8")  # fmt: skip
-        asked = {"quantization": "nvfp4", "quantization_preset": str(written)}
+        asked: dict[str, Any] = {"quantization": "nvfp4", "quantization_preset": str(written)}
         layers = diffquant.plan("emoji_flux", **asked)["transformer"].layers
         counts.append(sum(layer.pieces[0].recode is not None for layer in layers))
     assert counts == [33, 22]
@@ -211,6 +211,27 @@ def test_a_component_that_drawing_does_not_call_is_refused() -> None:
     pipeline = diffquant.load("emoji_flux", device="cpu")
     with pytest.raises(UsageError, match="drawing does not call 'vae'"):
         Questions.of(pipeline, "vae", [], 2, lambda done, of: None)
+
+
+@pytest.mark.long
+def test_what_misses_strict_keeps_it_with_the_preset_that_is_found(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {
+        "prompts": WISH.prompts,
+        "numerics": "faithful",
+        "device": "cpu",
+        "level": "strict",
+    }
+    bare = diffquant.compare("emoji_flux", quantization="mxfp4", quantize_all=True, **asked)
+    assert not bare.ok
+    found = sensitivity(
+        replace(WISH, encoding="mxfp4", settings=Request()), budgets.parsed("level=strict")
+    )
+    assert found.levels == ("smoke", "strict")
+    assert found.bytes < 0.9 * found.wide_bytes
+    written = tmp_path / "strict.toml"
+    written.write_text(found.preset(), "utf-8")
+    flags: dict[str, Any] = {"quantization": "mxfp4", "quantization_preset": str(written)}
+    assert diffquant.compare("emoji_flux", **flags, **asked).ok
 
 
 # the command
@@ -245,7 +266,10 @@ def test_files_that_are_there_stay(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_a_preset_that_is_no_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PresetError, match="no file"):
-        asked = {"quantization": "fp8", "quantization_preset": str(tmp_path / "no.toml")}
+        asked: dict[str, Any] = {
+            "quantization": "fp8",
+            "quantization_preset": str(tmp_path / "no.toml"),
+        }
         diffquant.plan("emoji_flux", **asked)
 
 
@@ -264,4 +288,4 @@ def test_a_plot_shows_its_points_in_the_colours_of_their_kinds() -> None:
 
 
 def near(one: tuple[int, ...], other: Any) -> bool:
-    return max(abs(a - b) for a, b in zip(one, other, strict=True)) < 16
+    return bool(max(abs(a - b) for a, b in zip(one, other, strict=True)) < 16)
