@@ -65,11 +65,14 @@ def serving(
     ready: bool = True,
     resolve: Any = None,
     flags: Any = None,
+    reference: Any = None,
     **settings: Any,
 ) -> Iterator[Served]:
     preset = for_model("emoji_flux")
     assert preset is not None
-    engine = Engine(Origin(load=load, defaults=preset.defaults, flags=flags or {}))
+    engine = Engine(
+        Origin(load=load, defaults=preset.defaults, flags=flags or {}, reference=reference)
+    )
     service = Service(
         engine, Settings(**{"drain": 10.0, **settings}), model="emoji_flux", resolve=resolve
     )

@@ -69,6 +69,11 @@ ONLY_SERVING = (
         help="What requests get that are here when the server is told to stop.",
     ),
     click.option(
+        "--reference",
+        is_flag=True,
+        help="Keep the unquantized model too, for requests and the page that compare with it.",
+    ),
+    click.option(
         "--log-format",
         type=click.Choice(["text", "json"]),
         default="text",
@@ -121,7 +126,8 @@ def _serve(model: ModelFlags, dry: loading.DryRun, values: Mapping[str, Any]) ->
     settings.require_safe()
     _talk.quiet_bars()
     logs.start(values["log_format"])
-    engine = Engine(_origin(model, dry))
+    compares = bool(values["reference"])
+    engine = Engine(_origin(model, dry, compares))
     failures: list[Exception] = []
 
     def failed(error: Exception) -> None:
@@ -132,7 +138,7 @@ def _serve(model: ModelFlags, dry: loading.DryRun, values: Mapping[str, Any]) ->
         engine,
         settings,
         model=_name(dry, values),
-        resolve=partial(_switched, model, dry.run),
+        resolve=partial(_switched, model, dry.run, compares),
         failed=failed,
     )
     running = server(
@@ -146,7 +152,7 @@ def _serve(model: ModelFlags, dry: loading.DryRun, values: Mapping[str, Any]) ->
     _talk.say("stopped")
 
 
-def _origin(model: ModelFlags, dry: loading.DryRun) -> "Origin":
+def _origin(model: ModelFlags, dry: loading.DryRun, compares: bool = False) -> "Origin":
     from diffquant.serve.engine import Origin
 
     preset = for_model(*dry.resolution.model_names)
@@ -154,15 +160,26 @@ def _origin(model: ModelFlags, dry: loading.DryRun) -> "Origin":
         load=partial(loading.load, model, dry.run),
         defaults=preset.defaults if preset else {},
         flags=_flags(model, dry.run),
+        reference=partial(_reference, model, dry.run) if compares else None,
     )
 
 
-def _switched(model: ModelFlags, run: loading.RunFlags, changes: Mapping[str, Any]) -> "Origin":
+def _reference(model: ModelFlags, run: loading.RunFlags) -> Any:
+    """The same base without any quantization, with the same LoRAs, as `diffquant compare` takes it."""
+    from diffquant.compare.asking import sides
+
+    side, _ = sides(model, run, reference={}, candidates=[])
+    return loading.load(side.model, side.run)
+
+
+def _switched(
+    model: ModelFlags, run: loading.RunFlags, compares: bool, changes: Mapping[str, Any]
+) -> "Origin":
     """The same command with other words, refused from headers where it cannot be."""
     known = {item.name for item in fields(ModelFlags)}
     other = replace(model, **{name: value for name, value in changes.items() if name in known})
     worn = replace(run, **{name: value for name, value in changes.items() if name not in known})
-    return _origin(other, loading.dry_run(other, worn))
+    return _origin(other, loading.dry_run(other, worn), compares)
 
 
 def _settings(values: Mapping[str, Any]) -> "Settings":

@@ -128,6 +128,9 @@ class ImageBody(Drawing):
     stream: bool | None = None
     partial_images: Annotated[int, Field(ge=0, le=PREVIEWS)] | None = None
     progress: Annotated[bool, Field(description="events for every step too")] | None = None
+    reference: Annotated[
+        bool | None, Field(description="draw with the unquantized transformer too, to compare")
+    ] = None
     quality: str | None = None
     background: str | None = None
     moderation: str | None = None

@@ -13,7 +13,7 @@ from diffquant import run
 from diffquant.serve import admission
 from diffquant.serve.bodies import EDIT_FIELDS, EditBody, named
 from diffquant.serve.engine import Facts
-from diffquant.serve.images import answered, job_of, require_previews
+from diffquant.serve.images import answered, job_of, require_previews, require_reference
 from diffquant.serve.refusals import Refused, of_validation
 from diffquant.serve.service import Service
 from diffquant.serve.uploads import Uploads
@@ -40,6 +40,7 @@ def router(service: Service) -> APIRouter:
             named(body.model, service.model)
             delivery = body.delivery()
             require_previews(delivery, facts)
+            require_reference(body, facts)
             uploads = Uploads(service.settings.limits)
             try:
                 wanted = await _wanted(form, body, facts, uploads)

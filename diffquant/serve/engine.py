@@ -28,6 +28,7 @@ class Facts:
     pipeline_class  its class; its call's signature says which fields mean anything
     fields          of a `run.Request` that its call takes
     no_guidance     the transformer has no input for `guidance_scale`, which would be ignored
+    compares        a reference can be drawn beside
     decoded_bytes   of one pixel in the widest layer of the autoencoder
     """
 
@@ -36,6 +37,7 @@ class Facts:
     defaults: Mapping[str, Any]
     no_guidance: bool
     previews: bool
+    compares: bool
     decoded_bytes: int
     report: Report
     checks: tuple[Check, ...]
@@ -69,14 +71,16 @@ class Facts:
 class Origin:
     """Where a pipeline comes from.
 
-    load      gives the pipeline, as `loading.load` does
-    defaults  of the model's preset
-    flags     what was typed, for the record inside every picture
+    load       gives the pipeline, as `loading.load` does
+    defaults   of the model's preset
+    flags      what was typed, for the record inside every picture
+    reference  gives the same pipeline without quantization, where requests may compare with it
     """
 
     load: Callable[[], Any]
     defaults: Mapping[str, Any]
     flags: Mapping[str, Any]
+    reference: Callable[[], Any] | None = None
 
 
 class Engine:
@@ -85,6 +89,7 @@ class Engine:
     def __init__(self, origin: Origin) -> None:
         self.origin = origin
         self._pipeline: Any = None
+        self._reference: Any = None
         self._worn: Mapping[str, float] = {}
         self.facts: Facts | None = None
 
@@ -94,7 +99,8 @@ class Engine:
         report = loading.report(pipeline)
         checks = readiness.checks(pipeline, report)
         readiness.require_agreement(checks)
-        self.facts = _facts(pipeline, report, checks, self.origin.defaults)
+        compares = self.origin.reference is not None
+        self.facts = _facts(pipeline, report, checks, self.origin.defaults, compares)
         self._pipeline, self._worn = pipeline, self.facts.lora
         for line in report.truth_lines:
             LOG.info("%s", line)
@@ -119,7 +125,27 @@ class Engine:
             if job.previews:
                 stack.enter_context(preview.watched(pipeline, seen))
             result = run.generate(pipeline, wanted, on_step)
+        if job.reference:
+            job.compared = self._compared(job)
         return self._recorded(result)
+
+    def _compared(self, job: Job) -> run.Result:
+        """The same request drawn by the reference, which is loaded when it is first asked for."""
+        assert self.origin.reference is not None
+        if self._reference is None:
+            self._reference = self.origin.reference()
+        if self._has_loras:
+            wardrobe.wear(self._reference, self._worn)
+        drawn = job.step
+
+        def on_step(done: int, of: int) -> None:
+            job.require_going()
+            job.step = drawn + done
+            job.moved()
+
+        result = run.generate(self._reference, job.request, on_step)
+        report = loading.report(self._reference).to_json()
+        return run.recorded(result, flags={}, report=report)
 
     def draw_together(self, jobs: Sequence[Job], left: Left) -> tuple[run.Result, ...]:
         """Draw several jobs as one batch. Who is stopped on the way is told by `left`, and drawn in
@@ -141,6 +167,10 @@ class Engine:
 
         results = run.generate_together(self._pipeline, [job.request for job in jobs], on_step)
         return tuple(map(self._recorded, results))
+
+    @property
+    def _has_loras(self) -> bool:
+        return self.facts is not None and bool(self.facts.lora)
 
     def _recorded(self, result: run.Result) -> run.Result:
         """With everything needed to draw it again; a batch is drawn again one by one."""
@@ -177,7 +207,7 @@ class Engine:
 
     def close(self) -> None:
         """Let the model go; `open` brings it back."""
-        self._pipeline = None
+        self._pipeline = self._reference = None
         _free()
         LOG.info("the model is let go")
 
@@ -203,7 +233,11 @@ def _free() -> None:
 
 
 def _facts(
-    pipeline: Any, report: Report, checks: tuple[Check, ...], defaults: Mapping[str, Any]
+    pipeline: Any,
+    report: Report,
+    checks: tuple[Check, ...],
+    defaults: Mapping[str, Any],
+    compares: bool,
 ) -> Facts:
     kind = type(pipeline)
     return Facts(
@@ -212,6 +246,7 @@ def _facts(
         defaults=defaults,
         no_guidance=_has_no_guidance(pipeline),
         previews=preview.is_possible(pipeline),
+        compares=compares,
         decoded_bytes=_decoded_bytes(pipeline),
         report=report,
         checks=checks,

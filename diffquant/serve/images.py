@@ -37,6 +37,7 @@ def router(service: Service) -> APIRouter:
         if facts.makes_videos:
             raise Refused(400, f"a {facts.pipeline_class.__name__} makes videos: POST /v1/videos")
         require_previews(delivery, facts)
+        require_reference(body, facts)
         wanted = admission.admitted(body.request(), facts, service.settings.limits)
         job = job_of(service, body, wanted, request, previews=delivery.partial_images)
         return await answered(service, job, delivery, request)
@@ -76,6 +77,17 @@ def require_previews(delivery: Delivery, facts: Facts) -> None:
         )
 
 
+def require_reference(body: ImageBody, facts: Facts) -> None:
+    """Raises Refused, 400, where a reference is asked for and there is none."""
+    if body.reference and not facts.compares:
+        raise Refused(
+            400,
+            "reference would be ignored: start the server with --reference",
+            param="reference",
+            code="ignored_parameter",
+        )
+
+
 def job_of(
     service: Service, body: Drawing, wanted: run.Request, request: Request, *, previews: int = 0
 ) -> Job:
@@ -93,6 +105,7 @@ def job_of(
         deadline=time.monotonic() + service.settings.timeout,
         name=name,
         user=body.user,
+        reference=isinstance(body, ImageBody) and bool(body.reference),
         lora=wardrobe.asked(body.loras(), service.facts.lora),
         previews=spread(previews, steps),
     )
@@ -170,6 +183,8 @@ def _body(
         data = [{"url": f"{address}{index}"} for index in range(len(pictures))]
     else:
         data = [{"b64_json": _text(picture)} for picture in pictures]
+    compared = _compared(job, delivery)
+    data = [{**told, **beside} for told, beside in zip(data, compared, strict=True)]
     return {"created": job.created, "data": data, **_facts(service, job, result, delivery)}
 
 
@@ -186,6 +201,17 @@ def _facts(service: Service, job: Job, result: run.Result, delivery: Delivery) -
         "inference_time_s": round(result.seconds, 3),
         "truth": list(service.facts.report.truth_lines),
     }
+
+
+def _compared(job: Job, delivery: Delivery) -> list[dict[str, Any]]:
+    """What the reference drew, beside each picture."""
+    if job.compared is None:
+        return [{} for _ in job.request.seeds]
+    told = list(job.compared.record["report"]["truth"])
+    return [
+        {"reference_b64_json": _text(picture), "reference_truth": told}
+        for picture in encoded(job.compared, delivery)
+    ]
 
 
 def _text(picture: Picture) -> str:
@@ -256,7 +282,9 @@ async def _ending(service: Service, job: Job, delivery: Delivery) -> AsyncIterat
     except Refused as refused:
         yield _event("error", refused.body)
         return
-    for picture in await asyncio.to_thread(encoded, result, delivery):
+    pictures = await asyncio.to_thread(encoded, result, delivery)
+    compared = await asyncio.to_thread(_compared, job, delivery)
+    for picture, beside in zip(pictures, compared, strict=True):
         yield _event(
             f"{delivery.events}.completed",
             {
@@ -265,6 +293,7 @@ async def _ending(service: Service, job: Job, delivery: Delivery) -> AsyncIterat
                 "quality": "auto",
                 "usage": _NOT_COUNTED,
                 **_facts(service, job, result, delivery),
+                **beside,
             },
         )
 

@@ -45,12 +45,13 @@ def _promised() -> "Future[Result]":
 class Job:
     """One request and where it stands. The worker writes; anyone reads, and anyone may stop it.
 
-    id        unguessable: knowing it is the right to see its pictures
-    name      what the client calls it, in X-Request-Id
-    previews  steps after which a preview is wanted
-    lora      LoRAs to draw with, name -> scale; None: those of the server
-    deadline  by time.monotonic(), as are arrived and began
-    tell      called on the worker's thread when the state, the step or the preview changes
+    id         unguessable: knowing it is the right to see its pictures
+    name       what the client calls it, in X-Request-Id
+    previews   steps after which a preview is wanted
+    lora       LoRAs to draw with, name -> scale; None: those of the server
+    reference  whether the unquantized model draws it too, into `compared`
+    deadline   by time.monotonic(), as are arrived and began
+    tell       called on the worker's thread when the state, the step or the preview changes
     """
 
     request: Request
@@ -59,6 +60,8 @@ class Job:
     user: str | None = None
     previews: frozenset[int] = frozenset()
     lora: Mapping[str, float] | None = None
+    reference: bool = False
+    compared: Result | None = None
     tell: Callable[["Job", Preview | None], None] | None = None
     id: str = field(default_factory=lambda: secrets.token_urlsafe(18))
     created: int = field(default_factory=lambda: int(time.time()))
@@ -72,7 +75,8 @@ class Job:
 
     @property
     def steps(self) -> int:
-        return self.request.num_inference_steps or 1
+        """Of all that is drawn for it."""
+        return (self.request.num_inference_steps or 1) * (2 if self.reference else 1)
 
     @property
     def steps_left(self) -> int:
@@ -109,7 +113,8 @@ class Job:
     def goes_with(self, other: "Job") -> bool:
         """Whether both can be drawn as one batch: they differ in words and seeds alone, and nobody
         watches a picture of them come."""
-        return self._kind == other._kind and not (self.previews or other.previews)
+        alone = any(job.previews or job.reference for job in (self, other))
+        return self._kind == other._kind and not alone
 
     @property
     def _kind(self) -> tuple[Any, ...]:

@@ -75,6 +75,7 @@ class Service:
             "defaults": dict(facts.defaults),
             "fields": sorted(body_name(name) for name in facts.meaningful),
             "previews": facts.previews,
+            "compares": facts.compares,
             "lora": facts.lora,
             "limits": {name: getattr(limits, name) for name in limits.__slots__},
             "queue": {

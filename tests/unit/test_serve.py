@@ -20,6 +20,7 @@ from PIL import Image
 
 from diffquant import loading, run
 from diffquant.preset import for_model
+from diffquant.resolve import ModelFlags
 from diffquant.serve.settings import Limits
 from tests.serving import Served, decoded, serving, until
 
@@ -146,6 +147,34 @@ def test_prometheus_sees_pictures_and_answers(served: Served) -> None:
     assert float(told["diffquant_pictures_total"]) >= 1
     assert float(told['diffquant_answers_total{status="400"}']) >= 1
     assert float(told["diffquant_queue_length"]) == 0
+
+
+# beside the unquantized model
+
+
+def test_a_request_may_compare_with_the_unquantized_model(pipeline: Any, truth: bytes) -> None:
+    base = loading.load(ModelFlags(model_path="emoji_flux"), loading.RunFlags(device="cpu"))
+    preset = for_model("emoji_flux")
+    assert preset is not None
+    asked = run.fill(run.Request(prompt="red apple", num_inference_steps=2), base, preset.defaults)
+    unquantized = run.generate(base, asked).images[0].tobytes()
+    with serving(lambda: pipeline, reference=lambda: base) as beside:
+        (told,) = beside.draw(**SHORT, reference=True).json()["data"]
+        (last,) = (
+            event
+            for event in streamed(beside, **SHORT, reference=True)
+            if "reference_truth" in event
+        )
+        (plain,) = beside.draw(**SHORT).json()["data"]
+    assert decoded(told["b64_json"]).tobytes() == truth
+    assert decoded(told["reference_b64_json"]).tobytes() == unquantized != truth
+    assert last["reference_b64_json"] and "0/34" in last["reference_truth"][0]
+    assert set(plain) == {"b64_json"}
+
+
+def test_a_reference_nobody_has_is_refused(served: Served) -> None:
+    answer = served.draw(**SHORT, reference=True)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "reference")
 
 
 # step by step

@@ -89,7 +89,7 @@ def owned() -> Iterator[Served]:
     """Started as the command starts it, with FP8, which is what nothing typed means."""
 
     def resolve(changes: Mapping[str, Any]) -> Any:
-        return _switched(MODEL, RUN, changes)
+        return _switched(MODEL, RUN, False, changes)
 
     origin = _origin(MODEL, loading.dry_run(MODEL, RUN))
     with serving(origin.load, resolve=resolve, api_key=KEY) as running:

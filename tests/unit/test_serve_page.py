@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from diffquant import loading
+from diffquant.resolve import ModelFlags
 from diffquant.serve.page import page
 from tests import browser as driver
 from tests.serving import serving
@@ -19,7 +20,11 @@ needs_chromium = pytest.mark.skipif(driver.CHROMIUM is None, reason="apt-get ins
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     pipeline = loading.load(run=loading.RunFlags(device="cpu"))
-    with serving(lambda: pipeline, drain=1.0) as served:
+
+    def base() -> Any:
+        return loading.load(ModelFlags(model_path="emoji_flux"), loading.RunFlags(device="cpu"))
+
+    with serving(lambda: pipeline, reference=base, drain=1.0) as served:
         yield f"{served.url}/"
 
 
@@ -57,6 +62,22 @@ def test_a_picture_appears_with_its_parameters_and_its_truth(tab: Any) -> None:
     truth = tab.run("document.getElementById('truth-shown').textContent")
     assert truth == "transformer: 26/34 linears fp8 via cpu_fp8 (weight-only), 8 bf16"
     assert tab.run("document.getElementById('picture').naturalWidth") == 64
+    assert tab.errors == []
+
+
+@needs_chromium
+def test_a_slider_lies_between_the_served_and_the_unquantized_picture(tab: Any) -> None:
+    tab.run("document.getElementById('compare').click()")
+    ask(tab, "red apple", seed=7, num_inference_steps=4)
+    tab.until("history.length === 1 && !abort && document.getElementById('reference').complete")
+    tab.run("document.getElementById('cut').value = 20; cut()")
+    cut = "getComputedStyle(document.getElementById('reference')).clipPath"
+    assert tab.run(cut) == "inset(0px 0px 0px 20%)"
+    assert tab.run("document.getElementById('reference').naturalWidth") == 64
+    tab.run("document.getElementById('compare').click()")
+    ask(tab, "", seed=8, num_inference_steps=2)
+    tab.until("history.length === 2 && !abort")
+    assert tab.run("document.getElementById('slider').hidden") is True
     assert tab.errors == []
 
 
