@@ -226,7 +226,7 @@ def _sensitive(
     rules = {} if chosen is None else preset.kept(chosen, paths)
     name = "" if chosen is None else chosen.name
     found = {path: Stay(f"preset {name}", rule.reason) for path, rule in rules.items()}
-    told_all = chosen is not None and (chosen.complete or scheme.preset_is_complete)
+    told_all = chosen is not None and chosen.complete
     for pattern in () if told_all else family.sensitive:
         for path in patterns.select(pattern, paths):
             reason = family.reasons.get(pattern, "")

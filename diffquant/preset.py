@@ -16,7 +16,8 @@ A preset is a file of `presets/`, its stem the name. Every file has the same sha
     num_inference_steps = 28
 
 An algorithm is a value of --quantization (fp8, nvfp4 …), or the name of an exported form whose
-makers already chose layers (modelopt_fp8, modelopt_nvfp4).
+makers already chose layers (modelopt_fp8, modelopt_nvfp4). A family needs no file for each of them:
+where it has none, the rules of the nearest algorithm serve.
 """
 
 import tomllib
@@ -46,6 +47,17 @@ DEFAULTS: Mapping[str, type] = {
     "max_sequence_length": int,
 }
 
+
+#: Algorithm -> the one whose rules serve where a family has none: as many bits first, then more.
+#: What exporters chose falls back to nothing.
+NEAREST: Mapping[str, str] = {
+    "svdq": "nvfp4",
+    "mxfp4": "nvfp4",
+    "int4": "nvfp4",
+    "nvfp4": "fp8",
+    "mxfp8": "fp8",
+    "int8": "fp8",
+}
 
 #: What a file may hold.
 KEYS = frozenset({"family", "algorithms", "models", "complete", "keep", "defaults"})
@@ -118,10 +130,16 @@ def parse(name: str, text: str) -> Preset:
 
 
 def for_algorithm(family: str, algorithm: str) -> Preset | None:
-    """The preset with the layers to keep for a family and an algorithm, when there is one."""
-    presets = (load(name) for name in names())
-    found = (each for each in presets if each.family == family and algorithm in each.algorithms)
-    return next(found, None)
+    """The preset with the layers to keep for a family and an algorithm, or for the nearest one that
+    the family has rules for; None when it has none at all."""
+    presets = [load(name) for name in names()]
+    wanted: str | None = algorithm
+    while wanted is not None:
+        found = (each for each in presets if each.family == family and wanted in each.algorithms)
+        if (own := next(found, None)) is not None:
+            return own
+        wanted = NEAREST.get(wanted)
+    return None
 
 
 def for_model(*known_as: str) -> Preset | None:

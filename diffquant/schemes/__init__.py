@@ -25,8 +25,6 @@ class Scheme:
     scales         the weight scales a quantized piece has
     activation     how inputs are to be quantized; None is weight-only
     preset         the algorithm whose preset says which layers stay (see `preset.for_algorithm`)
-    preset_is_complete  whether that preset, where a family has one, names every layer that stays: what
-                   its dialect stores dense. The family's own list does not count then
     multiple_of_K  layers whose K it does not divide stay dense
     rank           of the low-rank branch that carries what quantizing loses; None: no branch
     scale_dtype    what scales are rounded to; None: float32
@@ -38,7 +36,6 @@ class Scheme:
     scales: frozenset[Role]
     activation: Activation | None
     preset: str
-    preset_is_complete: bool = False
     group: int | None = None
     multiple_of_K: int = 1
     rank: int | None = None

@@ -16,7 +16,6 @@ SCHEME = Scheme(
     activation=Activation(number="nvfp4;outer=none", granularity="group", group=16, mode="dynamic"),
     rank=32,
     preset="svdq",
-    preset_is_complete=True,
     scale_dtype="bfloat16",
     saved_as="nunchaku",
 )

@@ -8,6 +8,7 @@ import pytest
 
 from diffquant import preset
 from diffquant.families import FAMILIES
+from diffquant.schemes import SCHEMES
 
 PRESETS = {name: preset.load(name) for name in preset.names()}
 TRIED = [name for name, read in PRESETS.items() if read.keep]
@@ -37,6 +38,24 @@ def test_every_rule_keeps_a_layer_of_its_family_and_leaves_most(name: str) -> No
     kept = preset.kept(PRESETS[name], linears)
     print(f"{name}: {len(kept)} of {len(linears)} linears stay")
     assert 0 < len(kept) < 0.6 * len(linears)
+
+
+@pytest.mark.parametrize("family", sorted({PRESETS[name].family for name in TRIED}))
+@pytest.mark.parametrize("scheme", SCHEMES.names())
+def test_every_family_with_rules_has_some_for_every_scheme(family: str, scheme: str) -> None:
+    found = preset.for_algorithm(family, SCHEMES.load(scheme).preset)
+    assert found is not None
+    assert found.keep
+
+
+def test_no_rules_are_a_copy_of_the_nearest_ones() -> None:
+    """A file that says what another says already is not needed: `preset.NEAREST` finds that one."""
+    for read in (PRESETS[name] for name in TRIED):
+        for algorithm in read.algorithms:
+            near = preset.NEAREST.get(algorithm)
+            other = None if near is None else preset.for_algorithm(read.family, near)
+            patterns = [keep.pattern for keep in read.keep]
+            assert other in (None, read) or patterns != [keep.pattern for keep in other.keep]
 
 
 def test_no_model_and_no_algorithm_of_a_family_is_claimed_twice() -> None:

@@ -87,3 +87,28 @@ def test_rules_are_found_by_family_and_algorithm() -> None:
     assert found is not None
     assert found.name == "flux1-fp8"
     assert preset.for_algorithm("wan", "modelopt_fp8") is None
+
+
+@pytest.mark.parametrize(
+    ("family", "algorithm", "name"),
+    [
+        ("flux1", "svdq", "flux1-svdq"),
+        ("flux2", "svdq", "flux2-nvfp4"),
+        ("wan", "svdq", "wan-fp8"),
+        ("wan", "nvfp4", "wan-fp8"),
+        ("z_image", "int4", "z_image-nvfp4"),
+    ],
+)
+def test_the_nearest_rules_serve_where_a_family_has_none_of_its_own(
+    family: str, algorithm: str, name: str
+) -> None:
+    found = preset.for_algorithm(family, algorithm)
+    assert found is not None
+    assert found.name == name
+
+
+@pytest.mark.parametrize(("family", "algorithm"), [("wan", "modelopt_nvfp4"), ("t5", "svdq")])
+def test_what_an_exporter_chose_and_unknown_families_have_no_nearest_rules(
+    family: str, algorithm: str
+) -> None:
+    assert preset.for_algorithm(family, algorithm) is None
