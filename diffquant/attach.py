@@ -34,8 +34,8 @@ def attach(
     for name, module in modules.items():
         assert getattr(pipeline, name) is module, f"diffusers put another {name} in its place"
     pipeline.set_progress_bar_config(disable=True)
-    for module in modules.values() if compile else ():
-        compile_blocks(module)
+    if compile:
+        compile_blocks(modules)
     return offload.place(pipeline, modules, device=device, residence=residence, keep=keep)
 
 

@@ -35,14 +35,16 @@ def require_compiler(device: Device, environ: Mapping[str, str] | None = None) -
         )
 
 
-def compile_blocks(model: "nn.Module", *, backend: str = "inductor") -> None:
-    """Compile the blocks that the model's class calls repeated; at the first call, not now.
+def compile_blocks(models: "Mapping[str, nn.Module]", *, backend: str = "inductor") -> None:
+    """Compile the blocks that diffusers calls repeated in a model's class; at the first call, not now.
 
-    Raises UsageError for a class that names none.
+    Raises UsageError where no class names any.
     """
-    if not getattr(model, "_repeated_blocks", None):
+    named = [model for model in models.values() if getattr(model, "_repeated_blocks", None)]
+    if not named:
         raise UsageError(
-            f"diffusers names no repeated blocks in a {type(model).__name__} that could be compiled",
+            f"diffusers names no repeated blocks to compile in any of {', '.join(models)}",
             hint="leave --compile out",
         )
-    model.compile_repeated_blocks(backend=backend)  # type: ignore[operator]
+    for model in named:
+        model.compile_repeated_blocks(backend=backend)  # type: ignore[operator]

@@ -19,7 +19,7 @@ from diffquant.paging import Keep, Pages, rehome
 from diffquant.pieces import bias_of, canonical
 from diffquant.plan import DENSE, LayerPlan, Piece, Plain, PlainSource, Plan, Role, Span
 from diffquant.recode import Encoder
-from diffquant.tensors import Weights
+from diffquant.tensors import Passing, Weights
 
 Progress = Callable[[int, int], None]
 
@@ -44,7 +44,7 @@ def materialize(
     Raises PlanError when a parameter is left without a value.
     """
     model = skeleton(plan.config, dtype)
-    weights = Weights([Path(file.path) for file in plan.files])
+    weights = Passing([Path(file.path) for file in plan.files])
     wide = kept_float32(model, dtype)
     for plain in plan.plain:
         wanted = torch.float32 if is_kept(plain.name, wide) else dtype

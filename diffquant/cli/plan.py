@@ -1,8 +1,10 @@
 """`diffquant plan`: everything `generate` would decide, before a weight is read."""
 
 import json
+import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -10,43 +12,66 @@ import click
 from diffquant import forecast, loading
 from diffquant.cli import _layers, _options, _talk
 from diffquant.cli._arguments import ModelCommand, Prepared
+from diffquant.errors import UsageError
 from diffquant.kernels import Choice
 from diffquant.plan import Plan
+from diffquant.preset import for_model
+from diffquant.residence import MODES, Mode, Residence
 
 ONLY_HERE = ("--json",)
+MEMORY = "--memory"
 HEADINGS = ("layer", "weight", "kernel", "why")
+#: Bytes of one value of a dtype to compute in.
+WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
+SIZE = re.compile(r"([\d.]+) *([KMGT]?)(i?)B?", re.IGNORECASE)
+
+
+def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """24GiB, 24GB, 24g: bytes; `i` counts in 1024s."""
+    if value is None:
+        return None
+    found = SIZE.fullmatch(value.strip())
+    if found is None:
+        raise UsageError(f"{MEMORY} {value!r} is no size", hint=f"{MEMORY} 24GiB")
+    number, unit, binary = found.groups()
+    power = " KMGT".index(unit.upper() or " ")
+    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 @click.command(cls=ModelCommand, short_help="Say what generate would do, without doing it.")
 @_options.options(_options.MODEL, _options.SAVE, _options.RUN, _options.PICTURE)
 @click.option("--output-path", metavar="DIR", help="As for generate.")
 @click.option("--output-file-name", metavar="NAME", help="As for generate.")
+@click.option(MEMORY, metavar="SIZE", callback=_bytes, help="Of the device: 24GiB. [its own]")
 @_options.options(_options.SETTINGS)
 @_options.JSON
 @click.pass_obj
-def COMMAND(prepared: Prepared, /, as_json: bool, **values: Any) -> None:
+def COMMAND(prepared: Prepared, /, as_json: bool, memory: int | None, **values: Any) -> None:
     """Say what `generate` with the same options would do: the rules that fired, the kernel of every
     layer and why better ones refused, and the memory it would take.
 
-    --device also takes architectures that are not here: sm89, sm90, sm120, gfx942.
+    --device also takes architectures that are not here: sm89, sm90, sm120, gfx942; --memory says how
+    much such a device has, and the table says which --offload fits into it.
     """
     for text in prepared.notes:
         _talk.note(text)
     model = _options.model_flags(values, prepared)
     dry = loading.dry_run(model, _options.run_flags(values, prepared))
     reaches = loading.reaches(dry, local_files_only=model.local_files_only)
-    peaks = forecast.forecast(dry.plans, dry.resolution.pipeline, dry.device)
+    dry = replace(dry, device=replace(dry.device, memory=memory or dry.device.memory))
+    drawn = forecast.canvas(_drawn(dry, values), dry.resolution.pipeline)
+    ways = {mode: _forecast(dry, drawn, mode) for mode in _modes(dry)}
     command = _command(prepared, values)
     if as_json:
         found = {text: reach.to_json() for text, reach in reaches.items()}
-        click.echo(json.dumps({**_json(dry, peaks, command), "lora": found}, indent=2))
+        click.echo(json.dumps({**_json(dry, ways, command), "lora": found}, indent=2))
     else:
         for text, reach in reaches.items():
             _talk.say(f"lora {text}: {reach}")
-        click.echo("\n\n".join(_told(dry, peaks, command)))
+        click.echo("\n\n".join([*_told(dry), *_memory(dry, drawn, ways), command]))
 
 
-def _told(dry: loading.DryRun, peaks: forecast.Forecast, command: str) -> Iterator[str]:
+def _told(dry: loading.DryRun) -> Iterator[str]:
     rules = ((f"rule {fired.rule}", fired.sentence) for fired in dry.resolution.fired)
     yield _talk.facts([*rules, ("device", _device(dry))])
     for name, plan in dry.plans.items():
@@ -56,8 +81,6 @@ def _told(dry: loading.DryRun, peaks: forecast.Forecast, command: str) -> Iterat
         yield _talk.table([HEADINGS, *_layers.grouped(rows)])
         if refusals := list(_refusals(dry.choices[name])):
             yield "\n".join(["refused:", _talk.table(refusals)])
-    yield "\n".join(["peaks, without activations:", _talk.table(_peaks(peaks))])
-    yield command
 
 
 def _device(dry: loading.DryRun) -> str:
@@ -88,14 +111,78 @@ def _refusals(choices: tuple[Choice, ...]) -> Iterator[tuple[str, str, str]]:
         yield kernel, _talk.count(count, "layer"), reason
 
 
-def _peaks(peaks: forecast.Forecast) -> Iterator[tuple[str, str, str]]:
+def _drawn(dry: loading.DryRun, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of the request: typed, or the preset's."""
+    preset = for_model(*dry.resolution.model_names)
+    typed = {name: value for name, value in values.items() if value is not None}
+    return {**(preset.defaults if preset else {}), **typed}
+
+
+def _modes(dry: loading.DryRun) -> tuple[Mode, ...]:
+    """Ways of living that are different ones on this device."""
+    each = [Residence(mode=mode) for mode in MODES]
+    return tuple(wish.mode for wish in each if wish.on(dry.device) == wish)
+
+
+def _forecast(dry: loading.DryRun, drawn: forecast.Canvas, mode: Mode) -> forecast.Forecast:
+    return forecast.forecast(
+        dry.plans,
+        dry.resolution.pipeline,
+        dry.device,
+        choices=dry.choices,
+        residence=replace(dry.residence, mode=mode),
+        drawn=drawn,
+        compute=WIDTHS[loading.DTYPES[dry.run.dtype]],
+    )
+
+
+def _memory(
+    dry: loading.DryRun, drawn: forecast.Canvas, ways: Mapping[Mode, forecast.Forecast]
+) -> Iterator[str]:
+    peaks = ways[dry.residence.mode]
+    way = f"peaks at {drawn} with --offload {dry.residence.mode}, estimated:"
+    yield "\n".join([way, _talk.table(_peaks(peaks))])
+    rows = [
+        (
+            f"--offload {mode}",
+            *_sizes(each.host_peak_bytes, each.device_peak_bytes),
+            _room(dry, each),
+        )
+        for mode, each in ways.items()
+    ]
+    yield "\n".join(["the highest of them, wherever weights wait:", _talk.table(rows)])
+
+
+def _peaks(peaks: forecast.Forecast) -> Iterator[tuple[str, ...]]:
     for stage in peaks.stages:
-        yield stage.name, f"host {_talk.size(stage.host)}", f"device {_talk.size(stage.device)}"
+        yield stage.name, *_sizes(stage.host, stage.device)
+
+
+def _sizes(host: int, device: int) -> tuple[str, ...]:
+    """One column on a CPU, whose memory is the host's."""
+    told = f"host {_talk.size(host)}"
+    return (told, f"device {_talk.size(device)}") if device else (told,)
+
+
+def _room(dry: loading.DryRun, peaks: forecast.Forecast) -> str:
+    """Whether it fits, as far as anybody knows how much there is."""
+    needed, there = _needed(dry, peaks)
+    if there is None:
+        return f"{MEMORY} 24GiB would say whether it fits"
+    fits = "fits" if needed <= there else "does not fit"
+    return f"{fits} into {_talk.size(there)}"
+
+
+def _needed(dry: loading.DryRun, peaks: forecast.Forecast) -> tuple[int, int | None]:
+    """The peak where the model computes, and the memory there."""
+    if dry.device.kind == "cpu":
+        return peaks.host_peak_bytes, dry.device.memory
+    return peaks.device_peak_bytes, dry.device.memory
 
 
 def _command(prepared: Prepared, values: Mapping[str, Any]) -> str:
     """The generate command of the same words."""
-    words = [word for word in prepared.words if word not in ONLY_HERE]
+    words = [word for word in _without(prepared.words, MEMORY) if word not in ONLY_HERE]
     components = (
         word
         for target, named in prepared.components.items()
@@ -106,7 +193,18 @@ def _command(prepared: Prepared, values: Mapping[str, Any]) -> str:
     return shlex.join(["diffquant", "generate", *prompt, *words, *components])
 
 
-def _json(dry: loading.DryRun, peaks: forecast.Forecast, command: str) -> dict[str, Any]:
+def _without(words: Sequence[str], option: str) -> list[str]:
+    """The words without the option and its value."""
+    kept = list(words)
+    while option in kept:
+        place = kept.index(option)
+        del kept[place : place + 2]
+    return kept
+
+
+def _json(
+    dry: loading.DryRun, ways: Mapping[Mode, forecast.Forecast], command: str
+) -> dict[str, Any]:
     return {
         "rules": [
             {"rule": fired.rule, "sentence": fired.sentence} for fired in dry.resolution.fired
@@ -125,9 +223,20 @@ def _json(dry: loading.DryRun, peaks: forecast.Forecast, command: str) -> dict[s
         },
         "peaks": [
             {"stage": stage.name, "host": stage.host, "device": stage.device}
-            for stage in peaks.stages
+            for stage in ways[dry.residence.mode].stages
         ],
+        "offload": [_way_json(dry, mode, each) for mode, each in ways.items()],
         "command": command,
+    }
+
+
+def _way_json(dry: loading.DryRun, mode: Mode, peaks: forecast.Forecast) -> dict[str, Any]:
+    needed, there = _needed(dry, peaks)
+    return {
+        "mode": mode,
+        "host": peaks.host_peak_bytes,
+        "device": peaks.device_peak_bytes,
+        "fits": None if there is None else needed <= there,
     }
 
 

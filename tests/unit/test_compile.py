@@ -142,8 +142,8 @@ def test_the_flag_compiles_for_this_machine_and_draws_nearly_the_same() -> None:
 
 
 def test_a_class_without_repeated_blocks_is_refused() -> None:
-    with pytest.raises(UsageError, match="no repeated blocks in a Linear"):
-        compile_blocks(nn.Linear(1, 1))
+    with pytest.raises(UsageError, match="no repeated blocks to compile in any of a, b"):
+        compile_blocks({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)})
 
 
 def test_a_missing_compiler_is_told_before_anything_is_loaded(
