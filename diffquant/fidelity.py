@@ -27,9 +27,9 @@ from typing import Any
 
 from torch import Tensor, zeros
 
-from diffquant.errors import PlanError
+from diffquant.errors import DiffquantError, PlanError
 from diffquant.pieces import dense
-from diffquant.plan import LayerPlan, Plan
+from diffquant.plan import ROW_MAJOR, LayerPlan, Layout, Part, Plan, Role
 from diffquant.tensors import Weights
 
 #: A layer's error may be this many times the median of its encoding.
@@ -44,6 +44,15 @@ ROUNDING = 2.0**-8
 STRANGERS = 64
 #: Suspicion of a layer that stayed dense though its like did not.
 LEFT = "left unquantized"
+LOW_FIRST, HIGH_FIRST = ROW_MAJOR, Layout("row_major", (("nibbles", "high"),))
+ROWS, TILES = ROW_MAJOR, Layout("tiles_128x4")
+#: Orders that are taken for one another: role, the order it was read in, the other, what that means.
+ORDERS = (
+    (Role.CODES, LOW_FIRST, HIGH_FIRST, "its half bytes are swapped"),
+    (Role.CODES, HIGH_FIRST, LOW_FIRST, "its half bytes are swapped"),
+    (Role.BLOCK_SCALE, TILES, ROWS, "its block scales lie in rows, not in tiles"),
+    (Role.BLOCK_SCALE, ROWS, TILES, "its block scales lie in tiles, not in rows"),
+)
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 #: layers done, layers in all
@@ -174,7 +183,11 @@ class _Side:
 
     def linear(self, path: str) -> tuple[Tensor, Tensor]:
         """Weight [N, K] and bias [N], zeros where there is none."""
-        weight, bias = dense(self.layers[path], self._weights)
+        return self.read(self.layers[path])
+
+    def read(self, layer: LayerPlan) -> tuple[Tensor, Tensor]:
+        """The same of a layer that is planned otherwise."""
+        weight, bias = dense(layer, self._weights)
         return weight, zeros(len(weight)) if bias is None else bias
 
     def weight(self, path: str) -> Tensor:
@@ -237,6 +250,7 @@ def _suspicion(each: LayerFidelity, ours: _Side, base: _Side, plain: frozenset[s
         _exchanged(each.path, found, base, limit)
         or _halved(found, truth, limit)
         or _rescaled(found, truth, limit)
+        or _reordered(each.path, truth, ours, limit)
         or _different(each)
     )
 
@@ -263,6 +277,29 @@ def _rescaled(found: Tensor, truth: Tensor, limit: float) -> str | None:
     name = min(rests, key=rests.__getitem__)
     told = f"{name} are scaled: a scale dropped, divided, or smoothing left in it?"
     return told if rests[name] < limit else None
+
+
+def _reordered(path: str, truth: Tensor, ours: _Side, limit: float) -> str | None:
+    """Whether it would be the base's, had one part been read in another order."""
+    for role, held, other, said in ORDERS:
+        layer = _with_layout(ours.layers[path], role, held, other)
+        if layer == ours.layers[path]:
+            continue
+        try:
+            weight, _ = ours.read(layer)
+        except DiffquantError:
+            continue  # the part has no such shape
+        if layer_fidelity(truth, weight).relative_error < limit:
+            return said
+    return None
+
+
+def _with_layout(layer: LayerPlan, role: Role, held: Layout, other: Layout) -> LayerPlan:
+    def part(each: Part) -> Part:
+        return replace(each, layout=other) if (each.role, each.layout) == (role, held) else each
+
+    pieces = (replace(piece, parts=tuple(map(part, piece.parts))) for piece in layer.pieces)
+    return replace(layer, pieces=tuple(pieces))
 
 
 def _unscaled(found: Tensor, truth: Tensor, axis: int) -> float:

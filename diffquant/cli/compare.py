@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 FAILED = 1
 #: Layers that are named where many could be.
 SHOWN = 4
+#: Defects that are told one by one.
+MANY = 8
 
 
 def _pairs(ctx: click.Context, param: click.Parameter, value: Sequence[str]) -> dict[str, str]:
@@ -334,11 +336,16 @@ def _answer(candidate: "Candidate", comparison: "Comparison") -> str:
         for name, value in candidate.figures.items()
         if value is not None
     ]
-    defects = [("defect", text, "", "") for text in candidate.verdict.defects]
+    defects = [("defect", "", "", text) for text in _few(candidate.verdict.defects)]
     kept = "keeps" if candidate.verdict.ok else "misses"
     head = f"{candidate.name} {kept} {candidate.verdict.level}, {_intervals(candidate)}"
     table = _talk.table([*defects, *rows, *_left(candidate), *_costs(candidate, comparison)])
     return f"{head}\n{table}"
+
+
+def _few(defects: Sequence[str]) -> list[str]:
+    more = len(defects) - MANY
+    return [*defects[:MANY], *([f"… and {more} more"] if more > 0 else [])]
 
 
 def _left(candidate: "Candidate") -> list[tuple[str, ...]]:
