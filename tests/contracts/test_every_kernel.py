@@ -15,7 +15,7 @@ from torch import Tensor
 from diffquant import device
 from diffquant.encodings import ENCODINGS, Granularity, Recipe
 from diffquant.errors import PlanError
-from diffquant.kernels import KERNEL_ROLES, KERNELS, Spec, refusal
+from diffquant.kernels import KERNEL_ROLES, KERNELS, WEIGHT_ONLY, Kernel, Spec, refusal
 from diffquant.plan import Activation, Encoding, Role
 
 NAMES = KERNELS.names()
@@ -70,8 +70,25 @@ def decodes(name: str, parts: dict[Role, Tensor], values: Tensor) -> bool:
 
 
 def cases(kernel_name: str, dtype: torch.dtype) -> Iterator[Case]:
-    """Everything the kernel's needs admit on a CPU, weight-only."""
+    """Everything the kernel's needs admit on a CPU: weight-only, or with the inputs it quantizes."""
     kernel = KERNELS.load(kernel_name)
+    for activation in activations(kernel):
+        yield from cases_with(kernel, activation, dtype)
+
+
+def activations(kernel: Kernel) -> list[Activation | None]:
+    """None, or each dynamic one of a kernel that only multiplies quantized inputs."""
+    if WEIGHT_ONLY in kernel.needs.activations:
+        return [None]
+    words = [text.split(":") for text in sorted(kernel.needs.activations)]
+    return [
+        Activation(number=number, granularity=granularity, mode="dynamic")  # type: ignore[arg-type]
+        for number, granularity, mode in words
+        if mode == "dynamic"
+    ]
+
+
+def cases_with(kernel: Kernel, activation: Activation | None, dtype: torch.dtype) -> Iterator[Case]:
     for encoding in sorted(kernel.needs.encodings or ENCODINGS.names()):
         for grain in GRANULARITIES:
             for m, n, k in SHAPES:
@@ -80,7 +97,12 @@ def cases(kernel_name: str, dtype: torch.dtype) -> Iterator[Case]:
                     if parts is None:
                         continue
                     roles = frozenset(parts) & KERNEL_ROLES
-                    spec = Spec(encoding=Encoding(encoding), shape_NK=(n, k), roles=roles)
+                    spec = Spec(
+                        encoding=Encoding(encoding),
+                        shape_NK=(n, k),
+                        roles=roles,
+                        activation=activation,
+                    )
                     if refusal(kernel, spec, CPU) is None:
                         x_MK = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
                         yield Case(spec, parts, x_MK.to(dtype))

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffquant.device import Device
 from diffquant.encodings import ENCODINGS, Granularity, Recipe
 from diffquant.kernels import KERNELS, Spec, _cpu, refusal
-from diffquant.plan import Encoding, Role
+from diffquant.plan import Activation, Encoding, Role
 
 CPU = Device(kind="cpu", arch="x86_64", name="a CPU")
 #: Relative to a product in float64 of the same weights: rounding of bfloat16, twice.
@@ -177,3 +177,51 @@ def test_mapped_codes_at_an_odd_offset_are_read() -> None:
     assert torch.equal(
         product(case, {**parts, Role.CODES: moved}, x_MK), product(case, parts, x_MK)
     )
+
+
+def int8_spec(granularity: str, mode: str, parts: dict[Role, Tensor]) -> Spec:
+    activation = Activation(number="int8", granularity=granularity, mode=mode)  # type: ignore[arg-type]
+    return Spec(
+        encoding=Encoding("int8"), shape_NK=(N, K), roles=frozenset(parts), activation=activation
+    )
+
+
+@pytest.mark.parametrize(
+    ("granularity", "mode"), [("token", "dynamic"), ("tensor", "dynamic"), ("tensor", "static")]
+)
+def test_products_of_integers_are_what_faithful_numerics_predict(
+    granularity: str, mode: str
+) -> None:
+    parts = parts_of(Case("cpu_int8_w8a8", "int8", "channel"))
+    if mode == "static":
+        parts[Role.INPUT_SCALE] = torch.tensor(0.02)
+    x_MK = torch.randn(300, K, generator=torch.Generator().manual_seed(4))
+    x_MK[7] = 0
+    spec = int8_spec(granularity, mode, parts)
+    wanted = KERNELS.load("reference").build(spec)(x_MK, parts)
+    found = KERNELS.load("cpu_int8_w8a8").build(spec)(x_MK, parts)
+    assert error(found, wanted.double()) < 1e-5
+    other = KERNELS.load("cpu_int8_w8a8").build(int8_spec("tensor", "dynamic", parts))
+    moved = other(
+        x_MK * torch.arange(1, 301)[:, None], {**parts, Role.INPUT_SCALE: torch.tensor(1.0)}
+    )
+    assert error(moved, wanted.double()) > LIMIT
+
+
+def test_int8_inputs_are_asked_for_by_name_and_by_the_file() -> None:
+    parts = parts_of(Case("cpu_int8_w8a8", "int8", "channel"))
+    kernel = KERNELS.load("cpu_int8_w8a8")
+    assert kernel.opt_in
+    assert refusal(kernel, int8_spec("token", "dynamic", parts), CPU) is None
+    weight_only = Spec(encoding=Encoding("int8"), shape_NK=(N, K), roles=frozenset(parts))
+    assert "weight-only is wanted" in (refusal(kernel, weight_only, CPU) or "")
+
+
+def test_int8_inputs_lose_what_the_docstring_says() -> None:
+    parts = parts_of(Case("cpu_int8_w8a8", "int8", "channel"))
+    multiply = KERNELS.load("cpu_int8_w8a8").build(int8_spec("token", "dynamic", parts))
+    x_MK = torch.randn(64, K, generator=torch.Generator().manual_seed(5))
+    case = Case("cpu_int8", "int8", "channel")
+    assert 0.004 < error(multiply(x_MK, parts), truth(case, parts, x_MK)) < 0.015
+    x_MK[:, ::100] *= 30
+    assert 0.02 < error(multiply(x_MK, parts), truth(case, parts, x_MK)) < 0.1
