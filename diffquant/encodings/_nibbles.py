@@ -24,8 +24,10 @@ def unpacked(packed: "Tensor", table: "Tensor", columns: int) -> "Tensor":
 
 def packed(codes: "Tensor") -> "Tensor":
     """Codes 0..15, uint8 [rows, columns], as bytes; an odd last column is paired with 0."""
+    from torch import int16, uint8
     from torch.nn.functional import pad
 
     if codes.shape[1] % 2:
         codes = pad(codes, (0, 1))
-    return codes[:, 0::2] | codes[:, 1::2] << 4
+    pairs = codes.contiguous().view(int16)  # the odd column is in the higher byte
+    return (pairs >> 4).bitwise_or_(pairs).to(uint8)

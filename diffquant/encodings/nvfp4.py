@@ -65,8 +65,9 @@ def encode(values_NK: "Tensor", encoding: Encoding, recipe: Recipe) -> "dict[Rol
     if encoding.option("outer", "") == "none":
         return _without_outer(values_NK, cell)
     divides = encoding.option("tensor_scale", "multiply") == "divide"
-    outer = _outer(values_NK, recipe, divides)
-    block = _block_scale(values_NK, cell, outer)
+    most = amax(values_NK, cell)
+    outer = _outer(most, (len(values_NK), values_NK.shape[1]), recipe, divides)
+    block = _block_scale(most.float(), outer)
     codes = _codes(values_NK, Grid(block.float(), cell), outer)
     role = Role.TENSOR_SCALE if outer.values.ndim == 0 else Role.CHANNEL_SCALE
     told = outer.values.squeeze()
@@ -98,20 +99,18 @@ def _scales(
     return scales
 
 
-def _outer(values_NK: "Tensor", recipe: Recipe, divides: bool) -> Grid:
-    """The scale that multiplies, of the tensor or of every row."""
-    shape_NK = (values_NK.shape[0], values_NK.shape[1])
+def _outer(most: "Tensor", shape_NK: tuple[int, int], recipe: Recipe, divides: bool) -> Grid:
+    """The scale that multiplies, of the tensor or of every row; `most` is the blocks' amax."""
     if recipe.scale is None:
-        scale = amax(values_NK, Cell(*shape_NK)).float() / (e2m1.LARGEST * LARGEST_SCALE)
+        scale = most.amax().float() / (e2m1.LARGEST * LARGEST_SCALE)
         return tensor_grid(scale, shape_NK)
     given = 1 / recipe.scale.float() if divides else recipe.scale.float()
     return tensor_grid(given, shape_NK) if given.numel() == 1 else channel_grid(given, shape_NK)
 
 
-def _block_scale(values_NK: "Tensor", cell: Cell, outer: Grid) -> "Tensor":
+def _block_scale(most: "Tensor", outer: Grid) -> "Tensor":
     from torch import float8_e4m3fn
 
-    most = amax(values_NK, cell).float()
     scale = most / (e2m1.LARGEST * outer.values)
     # ModelOpt writes 1 for a block of zeros; anything would do, because its codes are zero.
     scale = scale.masked_fill_(most == 0, 1.0)

@@ -10,6 +10,7 @@ from torch import Tensor
 from diffquant.encodings import ENCODINGS, Recipe
 from diffquant.encodings import _e2m1 as e2m1
 from diffquant.encodings import _e8m0 as e8m0
+from diffquant.encodings._scales import Cell, amax
 from diffquant.errors import PlanError
 from diffquant.layouts import LAYOUTS
 from diffquant.plan import Encoding, Role
@@ -302,3 +303,24 @@ def test_nunchakus_outer_scales_of_rows_and_tensor_both_multiply() -> None:
     rows = torch.tensor([1.0, 2.0, 4.0, 8.0])
     both = decode("nvfp4", parts | {Role.CHANNEL_SCALE: rows}, (4, 32))
     assert torch.equal(both, decode("nvfp4", parts, (4, 32)) * rows[:, None])
+
+
+def test_e2m1_codes_are_the_nearest_magnitudes_for_every_bfloat16() -> None:
+    """Held against the definition: nearest of eight magnitudes, ties to the even code, -0 is 0."""
+    bits = torch.arange(1 << 16, dtype=torch.int32) << 16
+    values = bits.view(torch.float32)
+    values = torch.cat([values[values.isfinite()], torch.tensor([0.7500001, 2.4999998, -1e-42])])
+    size = values.abs().double().clamp(max=6)[:, None]
+    distance = (size - torch.tensor(e2m1.MAGNITUDES, dtype=torch.float64)).abs()
+    odd = torch.arange(8) % 2 * 1e-12
+    wanted = (distance + odd).argmin(1) + 8 * (values < 0)
+    assert torch.equal(e2m1.codes(values).long(), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_largest_magnitude_is_found_with_zeros_infinities_and_nan(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    values = torch.randn(5, 64).to(dtype)
+    values[1], values[2, 3], values[3, 40] = 0.0, -torch.inf, torch.nan
+    found = amax(values, Cell(1, 32))
+    assert torch.equal(found.nan_to_num(-1.0), values.abs().view(5, 2, 32).amax(2).nan_to_num(-1.0))
