@@ -234,7 +234,7 @@ def test_the_two_sides_are_never_in_memory_together() -> None:
         ModelFlags(), RunFlags(device="cpu"), reference={}, candidates=[{}, {}]
     )
     drawings = requests(Request(num_inference_steps=1), ["car"], [0])
-    compare(Question(reference=ours, candidates=candidates, requests=drawings), count)
+    compare(Question(reference=ours, candidates=candidates, requests=drawings, repeat=2), count)
     assert max(seen) == 1
 
 
