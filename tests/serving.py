@@ -2,6 +2,7 @@
 
 import base64
 import io
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -90,3 +91,15 @@ def serving(
             served.openai.close()
             thread.join(PATIENCE)
         assert not thread.is_alive()
+
+
+def free_port() -> int:
+    """One that is free now, and the one after it."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as one:
+            port: int = one.getsockname()[1]
+            try:
+                socket.create_server(("127.0.0.1", port + 1)).close()
+            except (OSError, OverflowError):
+                continue
+            return port

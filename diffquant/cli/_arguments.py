@@ -56,6 +56,16 @@ class Prepared:
     notes: tuple[str, ...] = ()
     record: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def component_words(self) -> tuple[str, ...]:
+        """The words that name single components, as they can be typed again."""
+        return tuple(
+            word
+            for target, named in self.components.items()
+            for component, source in named.items()
+            for word in (f"--{target.replace('_', '-')}.{component}", source)
+        )
+
 
 class ModelCommand(click.Command):
     """A command that takes models, and so every way of naming them. `ctx.obj` is the Prepared."""

@@ -1,5 +1,7 @@
 """`diffquant serve`: a pipeline behind HTTP, until it is told to stop."""
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -11,6 +13,7 @@ import click
 from diffquant import loading
 from diffquant.cli import _options, _talk
 from diffquant.cli._arguments import ModelCommand, Prepared
+from diffquant.device import probe_all
 from diffquant.errors import UsageError
 from diffquant.preset import for_model
 from diffquant.resolve import ModelFlags
@@ -45,6 +48,14 @@ ONLY_SERVING = (
         type=click.IntRange(min=1),
         metavar="PICTURES",
         help="Drawn at once, of waiting requests that differ in words and seeds alone.",
+    ),
+    click.option(
+        "--workers",
+        default=1,
+        show_default=True,
+        type=click.IntRange(min=1),
+        metavar="COUNT",
+        help="One process per CUDA device, at this port and those after it.",
     ),
     click.option(
         "--timeout",
@@ -110,7 +121,30 @@ def COMMAND(prepared: Prepared, /, **values: Any) -> None:
     ):
         _talk.note(text)
     _talk.quiet()
-    _serve(model, dry, values)
+    if values["workers"] > 1:
+        _supervise(prepared, values)
+    else:
+        _serve(model, dry, values)
+
+
+def _supervise(prepared: Prepared, values: Mapping[str, Any]) -> None:
+    """The same command once per worker."""
+    from diffquant.serve.workers import Worker, answers, supervise, workers
+
+    _settings(values).require_safe()
+    cuda = [each for each in probe_all() if each.kind == "cuda"]
+    wanted = workers(values["workers"], values["port"], len(cuda))
+    words = ["serve", *prepared.words, *prepared.component_words]
+    scheme = "https" if values["ssl_certfile"] else "http"
+
+    def start(worker: Worker) -> "subprocess.Popen[bytes]":
+        own = [*words, "--workers", "1", "--port", str(worker.port)]
+        return subprocess.Popen([sys.executable, "-m", "diffquant", *own], env=worker.environment)
+
+    ports = ", ".join(str(worker.port) for worker in wanted)
+    _talk.say(f"{len(wanted)} workers at ports {ports}")
+    supervise(wanted, start, is_ready=partial(answers, scheme=scheme), tell=_talk.note)
+    _talk.say("stopped")
 
 
 def _serve(model: ModelFlags, dry: loading.DryRun, values: Mapping[str, Any]) -> None:
