@@ -41,8 +41,11 @@ class Goal:
 
     limit: float
 
+    def is_met(self, ratio: Ratio) -> bool:
+        return ratio.median <= self.limit
+
     def verdict(self, ratio: Ratio) -> str:
-        return f"≤ {self.limit:.2f} {'met' if ratio.median <= self.limit else '**missed**'}"
+        return f"≤ {self.limit:.2f} {'met' if self.is_met(ratio) else '**missed**'}"
 
 
 def in_turns(tasks: Mapping[str, Callable[[], object]], rounds: int) -> Times:

@@ -11,7 +11,7 @@ from benchmarks._measuring import Goal, Ratio, Times, in_turns
 from benchmarks._results import table
 
 GOAL = Goal(0.25)
-ROUNDS = 9
+ROUNDS = 7
 BUNDLED = Path(__file__).parents[1] / "diffquant" / "models" / "emoji_flux_modelopt_fp8"
 BARE = "python -c pass"
 COMMANDS = {

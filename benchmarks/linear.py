@@ -1,12 +1,16 @@
 """One linear layer, K = 3072 and N = 12288, in every encoding against bf16 `F.linear`."""
 
+from functools import partial
+
 import torch
 
 from benchmarks import FOLDER, Section, Settings
 from benchmarks._layers import KINDS, TOKENS, K, N, dense, encoded, error
 from benchmarks._measuring import Times, in_turns
 from benchmarks._plots import Group, bars
+from benchmarks._profile import shares
 from benchmarks._results import table
+from diffquant.linear import QuantLinear
 
 PLAIN = "bf16 `F.linear`"
 PLOT = "linear.png"
@@ -22,11 +26,12 @@ def run(settings: Settings) -> str:
         timed = {}
         for tokens in TOKENS:
             x_MK = torch.randn(tokens, K).bfloat16()
-            calls = {name: (lambda layer=layer, x=x_MK: layer(x)) for name, layer in tasks.items()}
+            calls = {name: partial(layer, x_MK) for name, layer in tasks.items()}
             timed[tokens] = in_turns(calls, min(settings.rounds, ROUNDS[tokens]))
         errors = {name: error(layer, KINDS[name]) for name, layer in layers.items()}
+        why = _profiles(timed, layers)
     _plot(timed)
-    return f"{_about(timed)}\n\n{_table(timed, errors)}\n\n![ratios]({PLOT})"
+    return f"{_about(timed)}\n\n{_table(timed, errors)}{why}\n\n![ratios]({PLOT})"
 
 
 def _about(timed: dict[int, Times]) -> str:
@@ -50,6 +55,18 @@ def _table(timed: dict[int, Times], errors: dict[str, float]) -> str:
 def _cell(name: str, tokens: int, times: Times) -> str:
     ratio, goal = times.ratio(name, PLAIN), KINDS[name].goal(tokens)
     return f"{ratio.least:.2f} / {ratio.median:.2f}" + (f" ({goal.verdict(ratio)})" if goal else "")
+
+
+def _profiles(timed: dict[int, Times], layers: dict[str, QuantLinear]) -> str:
+    """Where the time goes of what missed its goal."""
+    lines = []
+    for tokens, times in timed.items():
+        for name, layer in layers.items():
+            goal = KINDS[name].goal(tokens)
+            if goal and not goal.is_met(times.ratio(name, PLAIN)):
+                spent = shares(partial(layer, torch.randn(tokens, K).bfloat16()))
+                lines.append(f"- {name}, M = {tokens}, missed its goal; its time: {spent}")
+    return "\n\n" + "\n".join(lines) if lines else ""
 
 
 def _plot(timed: dict[int, Times]) -> None:

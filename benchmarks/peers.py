@@ -9,6 +9,7 @@ What is compared is overhead: how much longer than bf16 `F.linear` a layer takes
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -162,7 +163,7 @@ def is_installed(package: str) -> bool:
 
 def _timed(layers: Mapping[str, Linear], tokens: int, settings: Settings) -> Times:
     x_MK = torch.randn(tokens, K).bfloat16()
-    calls = {name: (lambda layer=layer: layer(x_MK)) for name, layer in layers.items()}
+    calls = {name: partial(layer, x_MK) for name, layer in layers.items()}
     return in_turns(calls, min(settings.rounds, ROUNDS))
 
 
@@ -187,7 +188,7 @@ def _table(peers: Mapping[str, Peer], timed: Mapping[int, Times]) -> str:
 
 def _cell(peer: str, nearest: str, times: Times) -> str:
     theirs, ours = times.ratio(peer, PLAIN).median, times.ratio(nearest, PLAIN).median
-    part = (ours - 1) / (theirs - 1) if theirs > 1 else float("inf")
+    part = max(0.0, ours - 1) / (theirs - 1) if theirs > 1 else float("inf")
     verdict = "met" if part <= SHARE else "**missed**"
     return f"{theirs:.2f}, {ours:.2f}, {part:.2f} {verdict}"
 

@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     #: x [M, K] -> its columns in the order in which `Decode` gives them
     Order = Callable[[Tensor], Tensor]
 
-#: Values per decoded chunk: 6 MB of bfloat16, which stays in a third-level cache. Smaller ones decode
-#: faster and multiply slower: each product reads the whole input.
-CHUNK = 1024 * 3072
+#: Values per decoded chunk: 3 MB of bfloat16. Smaller ones decode faster, in a second-level cache, and
+#: multiply slower: each product reads the whole input.
+CHUNK = 512 * 3072
 #: Rows per chunk at least, for the same reason, where K is large.
 ROWS = 256
+#: Values at a time where float32 is needed: 1 MB.
+WIDE = 256 * 1024
 
 _scratch = threading.local()
 
@@ -55,9 +57,9 @@ def by_rows(
             if scale is None:
                 torch.mm(wide, chunk, out=y_MN[:, rows])
                 continue
-            product = buffer("product", len(wide) * chunk.shape[1], wide.dtype)
-            product = torch.mm(wide, chunk, out=product.view(len(wide), -1))
-            _scaled(product, scale, y_MN[:, rows])
+            shape = (len(wide), chunk.shape[1])
+            product = buffer("product", shape[0] * shape[1], wide.dtype).view(shape)
+            _scaled(torch.mm(wide, chunk, out=product), scale, y_MN[:, rows])
         return y_MN.to(x_MK.dtype)
 
     return multiply
@@ -70,9 +72,23 @@ def _scaled(product: "Tensor", scale: "Tensor", out: "Tensor") -> None:
     if scale.ndim == 0 or product.dtype == torch.float32:
         torch.mul(product, scale, out=out)
         return
-    # torch widens both sides too, but into fresh memory: ten times as long for a thousand tokens.
-    wide = buffer("scaled", product.numel(), torch.float32).view(product.shape)
-    out.copy_(wide.copy_(product).mul_(scale))
+    _times_wide(product, scale[None], out)
+
+
+def _times_wide(values: "Tensor", scale: "Tensor", out: "Tensor") -> None:
+    """out = values times float32 scales that broadcast to them, of all rows or of each; rounded once.
+
+    torch widens operands of two dtypes by itself, but into fresh memory: that takes ten times as
+    long as the arithmetic.
+    """
+    import torch
+
+    step = max(1, WIDE * len(values) // max(1, values.numel()))
+    for start in range(0, len(values), step):
+        rows = slice(start, start + step)
+        wide = buffer("wide", values[rows].numel(), torch.float32).view(values[rows].shape)
+        wide.copy_(values[rows]).mul_(scale if len(scale) == 1 else scale[rows])
+        out[rows].copy_(wide)
 
 
 def outer_scale(parts: "Parts", rows: slice) -> "Tensor | None":
@@ -115,12 +131,18 @@ def whole(codes: "Tensor", dtype: "Dtype") -> "Tensor":
 
 def grouped(chunk: "Tensor", scale: "Tensor", group: int) -> "Tensor":
     """The chunk [n, K] times scales [n, G], one per `group` columns; in place."""
+    import torch
+
     n, k = chunk.shape
     # One-byte scales and powers of two are exact in bfloat16; wider ones would round all of a block
     # the same way, which does not average out.
     scale = scale.to(chunk.dtype) if scale.element_size() == 1 else scale
     if k % group == 0:
-        chunk.view(n, -1, group).mul_(scale[:, :, None])
+        cells = chunk.view(n, -1, group)
+        if scale.dtype == chunk.dtype or chunk.dtype == torch.float32:
+            cells.mul_(scale[:, :, None])
+        else:
+            _times_wide(cells, scale[:, :, None], cells)
         return chunk
     return chunk.mul_(scale.repeat_interleave(group, 1)[:, :k])
 

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from diffquant.kernels import Multiply, Parts
 
 LARGEST = 127
-#: Rows of the weight, and of the input, at a time: their sums and codes stay in the cache.
-ROWS, TOKENS = 512, 256
+#: Sums of products at a time, and rows of the input: both stay in the cache.
+SUMS, TOKENS = 1 << 21, 256
+#: Rows of the weight at a time, whatever the input's.
+FEWEST, MOST = 256, 2048
 
 
 def _build(spec: Spec) -> "Multiply":
@@ -27,20 +29,20 @@ def _build(spec: Spec) -> "Multiply":
 
     assert spec.activation is not None, "the needs admit quantized activations only"
     n, token = spec.shape_NK[0], spec.activation.granularity == "token"
-    spans = [slice(start, min(start + ROWS, n)) for start in range(0, n, ROWS)]
 
     def multiply(x_MK: "Tensor", parts: "Parts") -> "Tensor":
-        static = parts.get(Role.INPUT_SCALE)
-        scale = _token_scale(x_MK) if token else _tensor_scale(x_MK, static)
-        codes_MK, weight_NK = _codes(x_MK, scale), parts[Role.CODES].view(torch.int8)
-        y_MN = x_MK.new_empty(len(x_MK), n)
-        for rows in spans:
-            sums = buffer("sums", len(x_MK) * (rows.stop - rows.start), torch.int32)
-            sums = torch._int_mm(codes_MK, weight_NK[rows].t(), out=sums.view(len(x_MK), -1))
-            wide = buffer("scaled", sums.numel(), torch.float32).view(sums.shape)
-            wide.copy_(sums).mul_(scale)
-            outer = outer_scale(parts, rows)
-            y_MN[:, rows] = wide if outer is None else wide.mul_(outer)
+        m = len(x_MK)
+        fixed = None if token else _tensor_scale(x_MK, parts.get(Role.INPUT_SCALE))
+        codes_MK, scale_M1 = _quantized(x_MK, fixed)
+        weight_NK = parts[Role.CODES].view(torch.int8)
+        y_MN = x_MK.new_empty(m, n)
+        step = min(max(SUMS // max(m, 1), FEWEST), MOST)
+        for start in range(0, n, step):
+            rows = slice(start, min(start + step, n))
+            width = rows.stop - start
+            sums = buffer("sums", m * width, torch.int32).view(m, width)
+            torch._int_mm(codes_MK, weight_NK[rows].t(), out=sums)
+            _scaled(sums, scale_M1, outer_scale(parts, rows), y_MN[:, rows])
         return y_MN
 
     return multiply
@@ -54,26 +56,33 @@ def _tensor_scale(x_MK: "Tensor", static: "Tensor | None") -> "Tensor":
     return (-low.float()).maximum(high.float()) / LARGEST
 
 
-def _token_scale(x_MK: "Tensor") -> "Tensor":
-    """[M, 1]"""
-    low, high = x_MK.aminmax(dim=1, keepdim=True)
-    return (-low.float()).maximum(high.float()) / LARGEST
-
-
-def _codes(x_MK: "Tensor", scale: "Tensor") -> "Tensor":
-    """round(x / scale) as int8; zeros where the scale is zero."""
+def _quantized(x_MK: "Tensor", fixed: "Tensor | None") -> "tuple[Tensor, Tensor]":
+    """round(x / scale) as int8 [M, K], and the scales [M, 1]: the fixed one, or each row's own."""
     import torch
 
     m, k = x_MK.shape
     codes = buffer("codes", m * k, torch.int8).view(m, k)
-    # Any number will do in place of a zero scale: what it divides is zero.
-    divisor = torch.where(scale == 0, 1.0, scale)
+    scales = buffer("scales", m, torch.float32).view(m, 1)
     for start in range(0, m, TOKENS):
         rows = slice(start, min(start + TOKENS, m))
-        wide = buffer("input", (rows.stop - rows.start) * k, torch.float32).view(-1, k)
-        wide.copy_(x_MK[rows]).div_(divisor[rows] if divisor.ndim else divisor)
+        wide = buffer("input", (rows.stop - start) * k, torch.float32).view(rows.stop - start, k)
+        low, high = wide.copy_(x_MK[rows]).aminmax(dim=1, keepdim=True)
+        scales[rows] = (-low).maximum(high) / LARGEST if fixed is None else fixed
+        # Any number will do in place of a zero scale: what it divides is zero.
+        wide.div_(scales[rows].masked_fill(scales[rows] == 0, 1.0))
         codes[rows] = wide.round_().clamp_(-LARGEST - 1, LARGEST)
-    return codes
+    return codes, scales
+
+
+def _scaled(sums: "Tensor", scale_M1: "Tensor", outer: "Tensor | None", out: "Tensor") -> None:
+    """Integer sums times the input's scales and the weight's, rounded once."""
+    import torch
+
+    for start in range(0, len(sums), TOKENS):
+        rows = slice(start, start + TOKENS)
+        wide = buffer("wide", sums[rows].numel(), torch.float32).view(sums[rows].shape)
+        wide.copy_(sums[rows]).mul_(scale_M1[rows])
+        out[rows] = wide if outer is None else wide.mul_(outer)
 
 
 KERNEL = Kernel(

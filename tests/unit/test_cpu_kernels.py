@@ -225,3 +225,9 @@ def test_int8_inputs_lose_what_the_docstring_says() -> None:
     assert 0.004 < error(multiply(x_MK, parts), truth(case, parts, x_MK)) < 0.015
     x_MK[:, ::100] *= 30
     assert 0.02 < error(multiply(x_MK, parts), truth(case, parts, x_MK)) < 0.1
+
+
+@pytest.mark.parametrize("case", CASES[::3], ids=str)
+def test_no_tokens_give_no_rows(case: Case) -> None:
+    parts = parts_of(case)
+    assert product(case, parts, torch.empty(0, K, dtype=torch.bfloat16)).shape == (0, N)
