@@ -32,7 +32,7 @@ from diffquant.resolve import ModelFlags
 from diffquant.run import Request, fill, versions
 
 #: Conditions that make a comparison worthless where they differ; all others are only told.
-PINNED = ("pipeline", "scheduler", "attention", "cache", "dtype", "size", "noise")
+PINNED = ("pipeline", "scheduler", "attention", "cache", "lora", "dtype", "size", "noise")
 
 UNKNOWN = "unknown"
 
@@ -159,6 +159,7 @@ def standing(here: Loaded) -> dict[str, str]:
         "scheduler": f"{type(scheduler).__name__} {_digest(dict(scheduler.config))}",
         "attention": ", ".join(sorted(_attention(here.modules))) or "none",
         "cache": ", ".join(sorted(_caches(here.modules))) or "none",
+        "lora": ", ".join(f"{each.name} x {each.scale:g}" for each in report.lora) or "none",
         "dtype": report.dtype,
         "device": report.device,
         **versions(),
@@ -188,6 +189,7 @@ def unfair(reference: Mapping[str, str], candidate: Mapping[str, str]) -> Iterat
 
 
 HINTS = {
+    "lora": "--lora is for both sides",
     "size": "--width, --height and --num-frames are for both sides",
     "attention": "DIFFUSERS_ATTN_BACKEND has to be the same when a reference is captured and used",
     "dtype": "--dtype is for both sides",

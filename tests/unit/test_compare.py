@@ -230,9 +230,7 @@ def test_the_two_sides_are_never_in_memory_together() -> None:
         if done == of:
             seen.append(len(alive() - others))
 
-    ours, candidates = sides(
-        ModelFlags(), RunFlags(device="cpu"), reference={}, candidates=[{}, {}]
-    )
+    ours, candidates = sides(ModelFlags(), RunFlags(device="cpu"), reference={}, candidates=[{}])
     drawings = requests(Request(num_inference_steps=1), ["car"], [0])
     compare(Question(reference=ours, candidates=candidates, requests=drawings, repeat=2), count)
     assert max(seen) == 1

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import diffquant
 from diffquant.compare.comparison import Comparison
+from diffquant.errors import RunError
 from diffquant.linear import QuantLinear
 from tests import tiny
 
@@ -52,6 +53,14 @@ def test_a_lora_is_on_both_sides_and_every_layer_is_judged(tmp_path: Path) -> No
     for layer in candidate.layers:
         assert layer.output is not None and layer.weight is not None, layer.path
         assert layer.kernel is not None or layer.encoding == "dense", layer.path
+
+
+def test_a_lora_on_one_side_only_is_refused(tmp_path: Path) -> None:
+    saved = tmp_path / "reference.safetensors"
+    compared(save_reference=saved)
+    noise = adapter(tmp_path / "noise.safetensors")
+    with pytest.raises(RunError, match="unfair: lora is 'none' for the reference and 'noise x 1'"):
+        diffquant.compare(saved_reference=saved, device="cpu", lora=(noise,))
 
 
 def test_a_kernel_that_lies_is_named_by_answer_2_though_the_file_is_right(
