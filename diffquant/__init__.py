@@ -24,10 +24,16 @@ __all__ = ["__version__", "compare", "inspect", "load", "load_component", "plan"
 __version__ = "0.1.0"
 
 
-def load(model_path: str | None = None, **flags: Any) -> Any:
+def load(
+    model_path: str | None = None,
+    *,
+    components: "Mapping[str, Any] | None" = None,
+    **flags: Any,
+) -> Any:
     """The diffusers pipeline at `model_path` with its quantized transformer in place.
 
     model_path  directory, `org/repo[@revision]` or bundled name; None: the bundled pipeline
+    components  some that are there already and are not loaded: {"processor": mine}
     flags       the command line's names: transformer_path, transformer_weights_path,
                 component_paths, component_weights_paths, device, dtype, numerics, kernel, strict,
                 lora (each "SOURCE[:scale]"),
@@ -37,7 +43,7 @@ def load(model_path: str | None = None, **flags: Any) -> Any:
     """
     from diffquant.loading import load as load_pipeline
 
-    return load_pipeline(*_sorted_flags(model_path, flags))
+    return load_pipeline(*_sorted_flags(model_path, flags), components=components)
 
 
 def load_component(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ def attach(
     residence: Residence = ON_DEVICE,
     keep: Keep | None = None,
     compile: bool = False,
+    handed: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """The DiffusionPipeline in `root` with `modules` in place of its own, to draw on `device`.
 
@@ -29,9 +31,12 @@ def attach(
 
     residence  where weights live; `keep` is what `offload.place` takes
     compile    the repeated blocks of `modules`
+    handed     further components, as they are: a processor, a scheduler
     """
-    pipeline = _class_of(root).from_pretrained(root, dtype=dtype, local_files_only=True, **modules)
-    for name, module in modules.items():
+    pipeline = _class_of(root).from_pretrained(
+        root, dtype=dtype, local_files_only=True, **modules, **handed
+    )
+    for name, module in {**modules, **handed}.items():
         assert getattr(pipeline, name) is module, f"diffusers put another {name} in its place"
     pipeline.set_progress_bar_config(disable=True)
     if compile:

@@ -253,9 +253,15 @@ def load(
     model: ModelFlags | None = None,
     run: RunFlags | None = None,
     *,
+    components: Mapping[str, Any] | None = None,
     on_progress: Progress | None = None,
 ) -> Any:
-    """The diffusers pipeline, its quantized transformers in place; `report` tells what runs."""
+    """The diffusers pipeline, its quantized transformers in place; `report` tells what runs.
+
+    components  some that are there already, by name, and are not loaded: `processor=…`
+
+    Raises UsageError for one the pipeline has no place for, or that is loaded here.
+    """
     import torch
 
     from diffquant import lora
@@ -264,6 +270,8 @@ def load(
 
     model = model or ModelFlags()
     dry = dry_run(model, run)
+    handed = dict(components or {})
+    _require_free(handed, dry)
     place, dtype = torch.device(dry.device.torch_name), _dtype(dry.run.dtype)
     if dry.run.save_quantized:
         save_quantized(dry, on_progress=on_progress)
@@ -282,6 +290,7 @@ def load(
         residence=dry.residence,
         keep=keep,
         compile=dry.run.compile,
+        handed=handed,
     )
     lora.prepare(pipeline)
     lora.load(pipeline, dry.run.lora, local_files_only=model.local_files_only)
@@ -297,6 +306,22 @@ def load(
         lora=lora.adapters(pipeline) if dry.run.lora else (),
     )
     return pipeline
+
+
+def _require_free(handed: Mapping[str, Any], dry: DryRun) -> None:
+    """A component that is handed over is one of the pipeline's, and of no other source."""
+    known = dry.resolution.pipeline.components
+    for name in handed:
+        if name not in known:
+            raise UsageError(
+                f"components has {name!r}, and the pipeline has no such component",
+                hint=f"its components: {', '.join(known)}",
+            )
+        if name in dry.plans:
+            raise UsageError(
+                f"components has {name!r}, which is loaded from {dry.resolution.components[name].weights.origin!r}",
+                hint="pipeline.transformer = yours replaces it afterwards",
+            )
 
 
 def build(

@@ -73,9 +73,14 @@ class Request:
 
 
 #: Fields that are not arguments of a pipeline's call under their own name.
-_OURS = frozenset({"seed", "fps"})
-#: What video pipelines call a field.
-_CALLED = {"num_images_per_prompt": "num_videos_per_prompt"}
+_OURS = frozenset({"seed"})
+#: What some pipelines call a field: those of videos, one that draws sound in time with its frames,
+#: and those that follow the depth or the edges of a picture.
+_CALLED = {
+    "num_images_per_prompt": "num_videos_per_prompt",
+    "fps": "frame_rate",
+    "image": "control_image",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,11 +269,13 @@ def _accepted(pipeline: Any) -> dict[str, Any]:
         for name, parameter in parameters.items()
         if name in known
     }
-    ours = {"seed": DEFAULT_SEED, **({"fps": DEFAULT_FPS} if "num_frames" in accepted else {})}
+    fps = {"fps": DEFAULT_FPS} if "num_frames" in accepted else {}
     called = {
-        name: parameters[theirs].default for name, theirs in _CALLED.items() if theirs in parameters
+        name: parameters[theirs].default
+        for name, theirs in _CALLED.items()
+        if theirs in parameters and name not in accepted
     }
-    return {**accepted, **called, **ours}
+    return {**fps, **accepted, **called, "seed": DEFAULT_SEED}
 
 
 def _require_images(request: Request, pipeline: Any) -> None:
@@ -276,6 +283,11 @@ def _require_images(request: Request, pipeline: Any) -> None:
     though its signature has a default."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
     for name, what in (("image", "a picture"), ("mask_image", "a mask")):
+        if name not in parameters and _CALLED.get(name) in parameters and not request.image:
+            raise UsageError(
+                f"a {type(pipeline).__name__} follows a picture, and there is none",
+                hint=f"{_flag(name)} depth-or-edges.png",
+            )
         open_ends = name in parameters and parameters[name].default is inspect.Parameter.empty
         needed = open_ends or (name in parameters and "mask_image" in parameters)
         if needed and not getattr(request, name):
