@@ -13,7 +13,8 @@ export has the even column in bits 4-7; it is written with the even one in bits 
 takes it. One layer is held against the base first, so a wrong order or a wrong base is refused.
 
 --from-bf16 needs no ModelOpt and gives the codes and scales that ModelOpt's export of the same weights
-has, byte for byte; --calibrate or --calibration adds the scales of inputs.
+has, byte for byte; --calibrate or --calibration adds the scales of inputs. --dialect compressed_tensors
+writes them for vLLM: X.weight_packed, and X.weight_global_scale and X.input_global_scale, which divide.
 
 Options are those of SGLang's tool of the same name, which this replaces.
 """
@@ -42,12 +43,17 @@ from diffquant.errors import ConvertError, UsageError
 from diffquant.families import FAMILIES
 from diffquant.formats import Hints
 from diffquant.online import Stay
-from diffquant.plan import LayerPlan, Part, Plan, TensorRef
+from diffquant.plan import Encoding, LayerPlan, Part, Piece, Plan, TensorRef
 
 ENCODING = "nvfp4"
 #: What --pattern-preset stands for where it is not typed: the peer's tool keeps nothing of an
 #: export; plain weights have not been chosen from yet.
 NOTHING, FAMILY = "none", "auto"
+#: Dialects of plain weights: in some the scale of the tensor divides.
+DIALECTS: Mapping[str, Encoding] = {
+    "modelopt": Encoding(ENCODING),
+    "compressed_tensors": Encoding(ENCODING, (("tensor_scale", "divide"),)),
+}
 #: NVFP4 loses a tenth; another order of nibbles, or another model, loses everything.
 MUCH = 0.5
 
@@ -83,6 +89,7 @@ def fresh(
     writing: Writing,
     *,
     source: str,
+    dialect: str = "modelopt",
     pattern_preset: str = FAMILY,
     keep_bf16: Sequence[str] = (),
     calibration: Calibration = Calibration(),  # noqa: B008 - frozen
@@ -97,7 +104,7 @@ def fresh(
     kept = globbed(truth, keep_bf16)
     amax = _inputs.amax(calibration, source, paths, number=ENCODING, dry_run=writing.dry_run)
     plan = quantized(truth, ENCODING, Choosing(preset=pattern_preset), amax, keep=kept)
-    return convert(plan, truth, "modelopt", writing)
+    return convert(_stored_as(plan, DIALECTS[dialect]), truth, dialect, writing)
 
 
 def globbed(plan: Plan, globs: Iterable[str]) -> dict[str, Stay]:
@@ -121,6 +128,25 @@ def _preset(name: str, family: str) -> preset.Preset | None:
     if name == NOTHING:
         return None
     return preset.for_algorithm(family, "modelopt_nvfp4") if name == FAMILY else preset.find(name)
+
+
+def _stored_as(plan: Plan, encoding: Encoding) -> Plan:
+    """The plan with NVFP4 spelled that way, of inputs too where their scale is stored."""
+    layers = tuple(
+        replace(layer, pieces=tuple(_respelled(piece, encoding) for piece in layer.pieces))
+        for layer in plan.layers
+    )
+    return replace(plan, layers=layers)
+
+
+def _respelled(piece: Piece, encoding: Encoding) -> Piece:
+    recode = piece.recode
+    if recode is None:
+        return piece
+    activation = recode.activation
+    if activation is not None and activation.mode == "static":
+        activation = replace(activation, number=str(encoding))
+    return replace(piece, recode=replace(recode, encoding=encoding, activation=activation))
 
 
 # an export -----------------------------------------------------------------------------------------
@@ -206,6 +232,9 @@ def _moved_part(part: Part, files: int) -> Part:
 )
 @click.option("--from-bf16", metavar="DIR", help="Plain weights to quantize instead of an export.")
 @click.option(
+    "--dialect", type=click.Choice(list(DIALECTS)), help="Of --from-bf16; modelopt by default."
+)
+@click.option(
     "--pattern-preset",
     metavar="NAME",
     help="Layers that stay: none (default for an export), auto (what the family needs; default for "
@@ -223,6 +252,7 @@ def main(
     modelopt_hf_dir: str | None,
     base_transformer_dir: str | None,
     from_bf16: str | None,
+    dialect: str | None,
     pattern_preset: str | None,
     keep_bf16_pattern: tuple[str, ...],
     swap_weight_nibbles: bool | None,
@@ -245,6 +275,7 @@ def main(
                 "--swap-weight-nibbles": swap_weight_nibbles,
             },
         )
+        chosen["dialect"] = dialect or "modelopt"
         done = fresh(writing, source=from_bf16, calibration=calibration, **chosen)
     elif modelopt_hf_dir is None or base_transformer_dir is None:
         raise UsageError(
@@ -256,6 +287,7 @@ def main(
             "--calibrate": calibration.calibrate,
             "--calibration": calibration.calibration,
             "--save-calibration": calibration.save_calibration,
+            "--dialect": dialect,
         }
         _require_absent("--modelopt-hf-dir", measured)
         done = mixed(

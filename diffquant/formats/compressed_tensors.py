@@ -634,7 +634,8 @@ def _require_inverse(weight: Joined) -> None:
     if weight.piece.encoding == Encoding("nvfp4"):
         raise FormatError(
             f"{weight.name!r} has a tensor scale that multiplies, {METHOD} stores its inverse, which "
-            "no float32 is exactly"
+            "no float32 is exactly",
+            hint="build_modelopt_nvfp4_transformer --from-bf16 --dialect compressed_tensors makes one",
         )
 
 
@@ -688,8 +689,15 @@ def _inputs(name: str, piece: Piece) -> dict[str, object] | None:
     return {
         **spelled,
         "symmetric": activation.symmetric,
-        "dynamic": "local" if number == "nvfp4" else activation.mode == "dynamic",
+        "dynamic": _dynamic(activation),
     }
+
+
+def _dynamic(activation: Activation) -> bool | str:
+    """Groups under a stored scale quantize by themselves: that is `local`."""
+    if activation.mode == "dynamic":
+        return True
+    return "local" if activation.granularity == "group" else False
 
 
 FORMAT = Format(

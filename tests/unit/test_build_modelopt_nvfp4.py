@@ -126,7 +126,7 @@ def test_globs_match_whole_names_across_dots_in_any_spelling(export: Path, tmp_p
     assert "single_transformer_blocks.0.attn.to_q" not in gone, "globs match the whole name"
 
 
-@pytest.mark.parametrize("asked", [{"keep_bf16": ["to_q"]}, {"pattern_preset": "wan-nvfp4"}])
+@pytest.mark.parametrize("asked", [{"keep_bf16": ["to_q"]}, {"pattern_preset": "wan-fp8"}])
 def test_what_matches_nothing_is_an_error(
     asked: dict[str, Any], export: Path, tmp_path: Path
 ) -> None:
@@ -206,6 +206,28 @@ def test_calibrated_inputs_have_modelopts_scales(single_base: Path, tmp_path: Pa
     unseen = [layer.path for layer in done.plan.quantized if layer.path not in seen]
     assert "context_embedder" in unseen and done.to_json()["dynamic_inputs"] == len(unseen)
     assert not any(f"{name}.input_scale" in ours for name in unseen)
+
+
+def test_for_vllm_the_same_codes_lie_under_inverse_scales(
+    single_base: Path, tmp_path: Path
+) -> None:
+    seen = calibrated(tmp_path, [layer.path for layer in plan_of(single_base).layers])
+    wanted = {"source": str(single_base), "pattern_preset": "none", "calibration": seen}
+    fresh(Writing(output_dir=tmp_path / "out"), dialect="compressed_tensors", **wanted)
+    fresh(Writing(output_dir=tmp_path / "multiplies"), **wanted)
+    ours, theirs = stored(tmp_path / "out"), stored(tmp_path / "multiplies")
+    layers = packed(theirs)
+    for layer in layers:
+        assert same(ours[f"{layer}.weight_packed"], theirs[f"{layer}.weight"]), layer
+        assert same(ours[f"{layer}.weight_scale"], theirs[f"{layer}.weight_scale"]), layer
+        for inverse, leaf in (("weight", "weight_scale_2"), ("input", "input_scale")):
+            scale = ours[f"{layer}.{inverse}_global_scale"]
+            assert torch.allclose(scale * theirs[f"{layer}.{leaf}"], torch.ones(1))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "nvfp4-pack-quantized"
+    assert config["config_groups"]["group_0"]["input_activations"]["dynamic"] == "local"
+    activation = plan_of(tmp_path / "out").layer(layers[0]).pieces[0].activation
+    assert str(activation) == "nvfp4;tensor_scale=divide:group16:static"
 
 
 def test_the_family_decides_what_stays_and_the_report_says_what_the_rest_lost(
