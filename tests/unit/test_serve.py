@@ -3,12 +3,10 @@
 import base64
 import io
 import json
-import random
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -343,31 +341,6 @@ def test_a_body_that_is_too_large_is_stopped_with_or_without_its_length(served: 
         "/v1/images/generations", content=pieces, headers={"Content-Type": "application/json"}
     )
     assert answer.status_code == 413
-
-
-def test_a_storm_of_mixed_requests_ends_healthy(served: Served, truth: bytes) -> None:
-    dice = random.Random(0)
-    kinds: list[Callable[[], object]] = [
-        lambda: served.draw(**SHORT).status_code == 200,
-        lambda: served.draw(**SHORT, quality="hd").status_code == 400,
-        lambda: len(streamed(served, **SHORT, partial_images=1)) == 2,
-        lambda: served.http.get("/health").status_code == 200,
-        lambda: impatient(served),
-    ]
-    with ThreadPoolExecutor(8) as pool:
-        ended = [pool.submit(dice.choice(kinds)) for _ in range(60)]
-    assert all(each.result() for each in ended)
-    until(lambda: not served.service.line.live())
-    assert served.http.get("/ready").json()["status"] == "ready"
-    assert served.pixels(**SHORT) == truth
-
-
-def impatient(served: Served) -> bool:
-    """Leave after a moment, whether or not there is an answer."""
-    with httpx.Client(base_url=served.url, timeout=0.05) as client, ExitStack() as stack:
-        stack.enter_context(pytest.raises(httpx.TimeoutException))
-        client.post("/v1/images/generations", json=LONG)
-    return True
 
 
 # ready, idle, drained
