@@ -89,7 +89,10 @@ def test_a_kernel_that_lies_is_named_by_answer_2_though_the_file_is_right(
 def test_a_layer_left_unquantized_among_its_like_is_listed_and_no_defect(tmp_path: Path) -> None:
     left = "single_transformer_blocks.1.attn.to_v"
     base = str(tiny.tiny_flux_pipeline(tmp_path / "base", num_single_layers=3))
-    kept = {"quantization_ignored_layers": (left,), "save_quantized": str(tmp_path / "fp8")}
+    kept: dict[str, Any] = {
+        "quantization_ignored_layers": (left,),
+        "save_quantized": str(tmp_path / "fp8"),
+    }
     diffquant.load(base, quantization="fp8", quantize_all=True, device="cpu", **kept)
     found = diffquant.compare(
         base, prompts=["red car"], max_sequence_length=16, device="cpu", num_inference_steps=1,
