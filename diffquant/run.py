@@ -29,6 +29,10 @@ METADATA_KEY = "diffquant"
 DEFAULT_SEED = 42
 DEFAULT_FPS = 16
 VIDEO_AXES = 5  # videos are [B, F, 3, H, W], pictures [B, 3, H, W]
+MORE_RANGE = (
+    "--dtype float32 has the range; or leave that layer as it is: --quantization-ignored-layers NAME, "
+    "or a preset that keeps it (diffquant presets)"
+)
 LONGEST_STEM = 60  # characters of the prompt in a file name
 
 OnStep = Callable[[int, int], None]
@@ -151,11 +155,14 @@ def generate_together(
     except _LatentsWentBad as bad:
         raise NonFiniteError(
             f"latents are not finite after step {bad.step + 1} of {steps}; "
-            f"{_blame(pipeline, requests)}"
+            f"{_blame(pipeline, requests)}",
+            hint=MORE_RANGE,
         ) from None
     seconds = time.perf_counter() - started
     if not pixels.isfinite().all():
-        raise NonFiniteError(f"pixels are not finite; {_blame(pipeline, requests)}")
+        raise NonFiniteError(
+            f"pixels are not finite; {_blame(pipeline, requests)}", hint=MORE_RANGE
+        )
     for index, picture in enumerate(pixels):
         _require_picture(picture, index)
     shares = pixels.split([len(request.seeds) for request in requests])

@@ -183,14 +183,8 @@ def _needed(dry: loading.DryRun, peaks: forecast.Forecast) -> tuple[int, int | N
 def _command(prepared: Prepared, values: Mapping[str, Any]) -> str:
     """The generate command of the same words."""
     words = [word for word in _without(prepared.words, MEMORY) if word not in ONLY_HERE]
-    components = (
-        word
-        for target, named in prepared.components.items()
-        for name, source in named.items()
-        for word in (f"--{target.replace('_', '-')}.{name}", source)
-    )
     prompt = () if values["prompt"] else ("--prompt", "red apple")
-    return shlex.join(["diffquant", "generate", *prompt, *words, *components])
+    return shlex.join(["diffquant", "generate", *prompt, *words, *prepared.component_words])
 
 
 def _without(words: Sequence[str], option: str) -> list[str]:

@@ -68,7 +68,8 @@ def of_failure(error: BaseException) -> Refused:
     if isinstance(error, UsageError):
         return Refused(400, _without_flags(error), code="invalid_value")
     if isinstance(error, NonFiniteError):
-        return Refused(500, str(error), code="non_finite", headers=FINAL)
+        # Its hint speaks of flags, which are the server's to type.
+        return Refused(500, error.what, code="non_finite", headers=FINAL)
     if isinstance(error, DiffquantError):
         return Refused(500, str(error), code="run_failed", headers=FINAL)
     if _is_out_of_memory(error):
