@@ -73,12 +73,13 @@ def _file(name: str, converter: str, flag: str = "transformer_path") -> Method:
 
 
 def _measured(scheme: str, budget: str) -> Method:
-    """A scheme with the layers kept that `convert sensitivity` finds."""
+    """A scheme with the layers kept that `convert sensitivity` finds on the same prompts."""
+    typed = f"{BASE} --encoding {scheme} --budget {budget} --output {{out}}.toml"
     return Method(
         name=f"{scheme}, {budget}",
         kind=MEASURED,
         flags={"quantization": scheme, "quantization_preset": "{out}.toml"},
-        converter=f"sensitivity {BASE} --encoding {scheme} --budget {budget} --output {{out}}.toml",
+        converter=f"sensitivity {typed} --prompts {{prompts}} --steps-per-prompt 2",
     )
 
 
@@ -105,6 +106,7 @@ FILES = (
         f"{SVDQ} nvfp4 --calibrate {{prompts}}",
         "transformer_weights_path",
     ),
+    _measured("fp8", "level=strict"),
     _measured("nvfp4", "size=0.35"),
     _measured("mxfp4", "level=strict"),
 )
@@ -345,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = {method.name: method for method in methods()}
     parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=__doc__)
     parser.add_argument("methods", nargs="*", metavar="METHOD", help="[all]")
-    parser.add_argument("--prompts", type=int, default=12, metavar="N", help="drawings [12]")
+    parser.add_argument("--prompts", type=int, default=8, metavar="N", help="drawings [8]")
     parser.add_argument("--output", type=Path, metavar="FILE", help="put the table into this file")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="bytes against error, as PNG")
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything measured")

@@ -56,7 +56,7 @@ WORST = 10
 #: Points of the curve that are measured, beside those the search needs.
 CURVE = 40
 #: Layers that are named in the plot.
-NAMED = 3
+NAMED = 2
 MB = 1e6
 
 
@@ -253,7 +253,7 @@ class Sensitivity:
         if place is self.curve[-1]:
             return "all dense"
         worst = [unit for unit, _ in self.alone[:NAMED]]
-        return _short(place.unit) if place.unit in worst and place.unit is not None else ""
+        return f"{_short(place.unit)} stays" if place.unit and place.unit in worst else ""
 
     def _chosen(self) -> Point:
         kind = self.kept[-1].kind if self.kept else KINDS[-1]

@@ -176,10 +176,10 @@ def _legend(sheet: _Sheet, hues: Mapping[str, str]) -> None:
 
 
 def _names(sheet: _Sheet, points: Sequence[Point], places: Sequence[tuple[float, float]]) -> None:
-    """The name of each point on the first side where it covers nothing; none where it always would."""
-    for point, place in zip(points, places, strict=True):
-        if not point.name:
-            continue
+    """The name of each point on the first side where it covers nothing; none where it always would.
+    Marked points choose first."""
+    named = [each for each in zip(points, places, strict=True) if each[0].name]
+    for point, place in sorted(named, key=lambda each: not each[0].is_marked):
         far = (RING if point.is_marked else DOT) + GAP
         free = (each for each in _sides(point.name, place, far) if _is_free(each[0], sheet.taken))
         found = next(free, None)
