@@ -23,6 +23,7 @@ from diffquant import sources
 from diffquant.adapters import parsed
 from diffquant.errors import UsageError
 from diffquant.linear import QuantLinear
+from diffquant.visiting import visiting
 
 #: Where the path of a module ends in the name of a tensor, in every spelling diffusers hands on.
 ADAPTER_TENSOR = re.compile(r"\.(?:lora_A|lora_B|lora_magnitude_vector|lora\.|lokr_)")
@@ -157,7 +158,10 @@ class _Loader:
             matched=tuple(matched),
             unmatched=unmatched,
             encoded=sum(isinstance(module, QuantLinear) for module in matched.values()),
-            change=scale * _change([_layer(pipeline, path) for path in matched], name),
+            change=scale
+            * _change(
+                [_layer(pipeline, path) for path in matched], name, pipeline._execution_device
+            ),
         )
 
 
@@ -308,14 +312,21 @@ def _found(source: str, local_files_only: bool) -> tuple[Path, str]:
 # ------------------------------------------------------------------------------------------- change
 
 
-def _change(layers: Sequence[nn.Module | None], adapter: str) -> float:
+def _change(layers: Sequence[nn.Module | None], adapter: str, device: torch.device) -> float:
     """||B A x|| / ||W x|| over all linears, PEFT's own scaling included, on the same noise x each."""
     changed = whole = 0.0
     for layer in layers:
         lora_a = getattr(layer, "lora_A", None)
-        if lora_a is None or adapter not in lora_a or not isinstance(lora_a[adapter], nn.Linear):
+        if (
+            layer is None
+            or lora_a is None
+            or adapter not in lora_a
+            or not isinstance(lora_a[adapter], nn.Linear)
+        ):
             continue
-        ours, theirs = _norms(layer, adapter)
+        # Weights may wait elsewhere, and kernels were chosen for the device.
+        with visiting(layer, device):
+            ours, theirs = _norms(layer, adapter)
         changed, whole = changed + ours, whole + theirs
     return (changed / whole) ** 0.5 if whole else 0.0
 

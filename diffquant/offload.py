@@ -11,14 +11,16 @@ and codes are buffers; without one it copies every block back to host memory.
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, NoReturn, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffquant.errors import UsageError
-from diffquant.paging import Keep, Pages, rehome, spanned, tensors_of
+from diffquant.paging import Keep, Pages, rehome, tensors_of
 from diffquant.residence import Mode, Residence
+from diffquant.visiting import STREAMED, OnDevice
 
 
 def place(
@@ -78,7 +80,7 @@ def _layerwise(
                 model,
                 onload_device=device,
                 offload_type="leaf_level",
-                use_stream=device.type in ("cuda", "xpu"),
+                use_stream=device.type in STREAMED,
                 low_cpu_mem_usage=True,
             )
     return pipeline
@@ -91,21 +93,27 @@ def _disk(
     residence: Residence,
     keep: Keep | None,
 ) -> Any:
-    """Every component by our streams: what no file holds goes to one, and pages go when a block is
-    done."""
+    """Every component by our streams: what no file holds goes to one first."""
+    for name, model in _models(pipeline).items():
+        stays = residence.resident if name in transformers else 0
+        stream_from_disk(model, replace(residence, resident=stays), device, keep)
+        _refuse_merging(name, model)
+    return pipeline
 
-    def block_of(block: nn.Module) -> "Movable":
+
+def stream_from_disk(
+    model: nn.Module, residence: Residence, device: torch.device, keep: Keep | None = None
+) -> None:
+    """One model's blocks from their files, and back to nothing but them. A CPU computes with mapped
+    pages, an accelerator with copies of them."""
+
+    def movable(block: nn.Module) -> Movable:
         pages = Pages(tensors_of(block))
         return pages if device.type == "cpu" else OnDevice(block, device, pages)
 
-    for name, model in _models(pipeline).items():
-        if keep is not None:
-            rehome(model, keep)
-        stays = residence.resident if name in transformers else 0
-        one = Residence(mode="disk", prefetch=residence.prefetch, resident=stays)
-        _stream(model, one, block_of, rest=device)
-        _refuse_merging(name, model)
-    return pipeline
+    if keep is not None:
+        rehome(model, keep)
+    _stream(model, residence, movable, rest=device)
 
 
 _WAYS: Mapping[Mode, Callable[..., Any]] = {
@@ -221,55 +229,3 @@ def _surround(block: nn.Module, stream: Stream, number: int) -> None:
             stream.leave(number)
 
     block._compiled_call_impl = call
-
-
-# ------------------------------------------------------------------------------------ to the device
-
-
-class OnDevice:
-    """Copies of a block's tensors on a device while the block works; strides are kept.
-
-    pages  of the tensors, which leave host memory once they were copied; None: they stay
-    """
-
-    def __init__(
-        self, block: nn.Module, device: torch.device, pages: "Pages | None" = None
-    ) -> None:
-        self._block = block
-        self._device = device
-        self._pages = pages
-        self._side = torch.Stream(device) if device.type in ("cuda", "xpu") else None
-        self._copies: list[tuple[Tensor, Tensor]] = []
-        self._homes: list[tuple[Tensor, Tensor]] = []
-
-    def bring(self) -> None:
-        # Asked for now and not before: a LoRA may have come since.
-        found = tensors_of(self._block)
-        if self._side is None:
-            self._copies = [(tensor, _copied(tensor.data, self._device)) for tensor in found]
-        else:
-            with self._side:
-                self._copies = [(tensor, _copied(tensor.data, self._device)) for tensor in found]
-            self._side.synchronize()
-        if self._pages is not None:
-            self._pages.release()
-
-    def arrive(self) -> None:
-        for tensor, copy in self._copies:
-            if self._side is not None:
-                # The block's work may outlast this call on the device, and so must the memory.
-                copy.record_stream(torch.accelerator.current_stream(self._device))
-            self._homes.append((tensor, tensor.data))
-            tensor.data = copy
-        self._copies = []
-
-    def release(self) -> None:
-        for tensor, home in self._homes:
-            tensor.data = home
-        self._homes, self._copies = [], []
-
-
-def _copied(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device with its strides, whatever they are: all it spans is copied."""
-    moved = spanned(tensor).to(device, non_blocking=True, copy=True)
-    return moved.as_strided(tensor.shape, tensor.stride())

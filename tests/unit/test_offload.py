@@ -17,10 +17,11 @@ from diffquant.families import FAMILIES
 from diffquant.kernels import choose
 from diffquant.linear import QuantLinear
 from diffquant.materialize import materialize
-from diffquant.offload import OnDevice, Stream, blocks, place
+from diffquant.offload import Stream, blocks, place
 from diffquant.paging import PAGE, Mapped, Pages, Spill, tensors_of
 from diffquant.residence import ON_DEVICE, Residence
 from diffquant.schemes import SCHEMES
+from diffquant.visiting import OnDevice, visiting
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -125,6 +126,18 @@ def test_a_block_computes_with_copies_that_keep_strides() -> None:
     assert content(layer) == before
     moved.release()
     assert {name: each.data_ptr() for name, each in layer.state_dict().items()} == home
+
+
+def test_weights_that_visit_a_device_are_back_when_the_visit_ends() -> None:
+    layer = nn.Linear(2, 2).requires_grad_(False)
+    home = layer.weight.data_ptr()
+    with visiting(layer, CPU):
+        assert layer.weight.data_ptr() == home
+    # Another name of the same device: copies are made as for any other.
+    with pytest.raises(ZeroDivisionError), visiting(layer, torch.device("cpu", 0)):
+        assert layer.weight.data_ptr() != home
+        _ = 1 / 0
+    assert layer.weight.data_ptr() == home
 
 
 # ------------------------------------------------------------------------------------------ in order
