@@ -169,7 +169,7 @@ def convert(plan: Plan, truth: Plan, dialect: str, writing: Writing) -> Converte
             origin=stamped(plan),
             max_shard_size=writing.shard_bytes,
             overwrite=writing.overwrite,
-            check=judge,
+            check=None if writing.no_check else judge,
             on_progress=shown.told("writing"),
         )
     return Converted(plan=plan, prepared=prepared, kept=kept, files=files, report=judge.report)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import click
 
 from diffquant.converters.calibrate import METHODS, PERCENTILE
+from diffquant.errors import UsageError
 from diffquant.formats import Hints
 from diffquant.writing import GIB
 
@@ -29,18 +30,27 @@ class Writing:
 
     max_error  relative error that no layer may exceed; None: any
     report     a file for the figures of all layers
+    no_check   do not decode what was written
     """
 
     output_dir: Path
     max_shard_size: float = 10.0
     max_error: float | None = None
     report: Path | None = None
+    no_check: bool = False
     overwrite: bool = False
     dry_run: bool = False
 
     @property
     def shard_bytes(self) -> int:
         return int(self.max_shard_size * GIB)
+
+    def __post_init__(self) -> None:
+        if self.no_check and (self.max_error is not None or self.report is not None):
+            raise UsageError(
+                "--no-check decodes nothing that --max-error or --report could speak of",
+                hint="leave --no-check out",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +121,7 @@ _WRITING = (
         help="Write nothing when a layer's relative error is larger.",
     ),
     click.option("--report", type=NEW, metavar="FILE", help="Figures of every layer, as JSON."),
+    click.option("--no-check", is_flag=True, help="Do not decode what was written: no report."),
     click.option("--overwrite", is_flag=True, help="Replace the output."),
     click.option("--dry-run", is_flag=True, help="Say what would be written."),
 )

@@ -131,10 +131,10 @@ def compared(plan: Plan, truth: Plan, on_progress: Progress | None = None) -> Re
     return measured(found)
 
 
-def row_spans(shape_NK: tuple[int, int]) -> Iterator[Span]:
-    """All rows, in spans of about `ELEMENTS` weights."""
+def row_spans(shape_NK: tuple[int, int], elements: int | None = None) -> Iterator[Span]:
+    """All rows, in spans of about `elements` weights; `ELEMENTS` where none are named."""
     n, k = shape_NK
-    step = max(1, ELEMENTS // max(1, k))
+    step = max(1, (elements or ELEMENTS) // max(1, k))
     return (Span(start, stop) for start, stop in pairwise([*range(0, n, step), n]))
 
 

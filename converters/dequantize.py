@@ -58,6 +58,7 @@ def dequantize(
     max_shard_size: int = 10 * GIB,
     max_error: float | None = None,
     report: Path | None = None,
+    no_check: bool = False,
     overwrite: bool = False,
     bars: Bar | None = None,
 ) -> Dequantized:
@@ -67,6 +68,7 @@ def dequantize(
     dry_run    everything but the writing
     max_error  relative error that no layer may have; what is lost is one rounding to `dtype`
     report     a file for the figures of all layers
+    no_check   do not decode what was written
 
     Raises PlanError when source and model do not fit or a question stays open, ConvertError when
     the class is not known or a value does not fit into `dtype`, SourceError for what is not found.
@@ -91,7 +93,7 @@ def dequantize(
         config=plan.config,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
-        check=judge,
+        check=None if no_check else judge,
         on_progress=told(bars, "decoding"),
     )
     return Dequantized(plan=plan, total_size=total, shards=written.shards, report=judge.report)
@@ -191,6 +193,7 @@ def main(source: str, writing: Writing, dtype: str, reading: Reading) -> None:
             max_shard_size=writing.shard_bytes,
             max_error=writing.max_error,
             report=writing.report,
+            no_check=writing.no_check,
             overwrite=writing.overwrite,
             bars=bars,
         )

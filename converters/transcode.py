@@ -51,6 +51,7 @@ def transcode(
     max_shard_size: int = 10 * GIB,
     max_error: float | None = None,
     report: Path | None = None,
+    no_check: bool = False,
     overwrite: bool = False,
     bars: Bar | None = None,
 ) -> Transcoded:
@@ -59,6 +60,7 @@ def transcode(
     dry_run    everything but the writing
     max_error  relative error that no layer may have; 0 is what is expected
     report     a file for the figures of all layers
+    no_check   do not decode what was written
 
     Raises FormatError for what the dialect cannot say, PlanError when source and model do not fit,
     ConvertError when nothing is quantized or the output is in the way.
@@ -84,7 +86,7 @@ def transcode(
         origin=stamped(plan),
         max_shard_size=max_shard_size,
         overwrite=overwrite,
-        check=judge,
+        check=None if no_check else judge,
         on_progress=told(bars, "writing"),
     )
     return Transcoded(plan=plan, prepared=prepared, files=files, report=judge.report)
@@ -114,6 +116,7 @@ def main(source: str, writing: Writing, to: str, reading: Reading) -> None:
             max_shard_size=writing.shard_bytes,
             max_error=writing.max_error,
             report=writing.report,
+            no_check=writing.no_check,
             overwrite=writing.overwrite,
             bars=bars,
         )

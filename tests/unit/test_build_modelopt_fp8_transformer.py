@@ -1,6 +1,7 @@
 """The FP8 converter equals the peer's tool but where it differs on purpose, and refuses the rest."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -351,3 +352,49 @@ def test_every_family_the_peers_tool_knows_has_its_rules_here() -> None:
     named = {"flux1", "flux2", "hunyuan_video", "qwen_image"}
     assert all(preset.for_algorithm(family, "modelopt_fp8") for family in named)
     assert named <= set(FAMILIES.names())
+
+
+def test_the_report_says_what_each_layer_lost_and_max_error_refuses(
+    data: Path, tmp_path: Path
+) -> None:
+    source = str(data / "modelopt" / "flux" / "bf16")
+    done = build(Writing(output_dir=tmp_path / "out"), from_bf16=source)
+    errors = [each.fidelity.relative_error for each in done.report.layers if each.fidelity]
+    assert len(errors) == done.quantized_weights
+    assert 0.01 < errors[-1] <= errors[0] < 0.04
+    with pytest.raises(ConvertError, match="worse than --max-error 0.01") as refused:
+        build(Writing(output_dir=tmp_path / "strict", max_error=0.01), from_bf16=source)
+    assert "--keep-bf16-pattern" in str(refused.value.hint)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_export_is_held_against_its_base_or_against_itself(
+    flux: dict[str, Any], data: Path, tmp_path: Path
+) -> None:
+    against_base = build(Writing(output_dir=tmp_path / "base"), **flux).report.layers[0]
+    wan = str(data / "modelopt" / "wan" / "fp8")
+    against_itself = build(Writing(output_dir=tmp_path / "self"), export=wan).report.layers[0]
+    assert against_base.fidelity is not None
+    assert against_itself.fidelity is not None
+    assert against_base.fidelity.relative_error > 0.02
+    assert against_itself.fidelity.relative_error == 0.0
+
+
+def test_a_dry_run_counts_and_writes_nothing(data: Path, tmp_path: Path) -> None:
+    source = str(data / "modelopt" / "flux" / "bf16")
+    would = build(Writing(output_dir=tmp_path / "out", dry_run=True), from_bf16=source)
+    assert not list(tmp_path.iterdir())
+    did = build(Writing(output_dir=tmp_path / "out", no_check=True), from_bf16=source)
+    assert replace(would, output_shards=1) == did
+    with pytest.raises(UsageError, match="--no-check decodes nothing"):
+        Writing(output_dir=tmp_path, no_check=True, max_error=0.1)
+
+
+def test_calibrating_while_building_gives_every_layer_its_input_scale(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red apple\n")
+    asked = Calibration(calibrate=tmp_path / "prompts.txt", save_calibration=tmp_path / "amax.json")
+    drawn = build(Writing(output_dir=tmp_path / "drawn"), from_bf16="emoji_flux", calibration=asked)
+    again = Calibration(calibration=tmp_path / "amax.json")
+    build(Writing(output_dir=tmp_path / "again"), from_bf16="emoji_flux", calibration=again)
+    assert (drawn.dynamic_inputs, drawn.quantized_weights) == (0, 18)
+    assert digests(tmp_path / "drawn" / WEIGHTS) == digests(tmp_path / "again" / WEIGHTS)
