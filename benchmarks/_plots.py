@@ -44,10 +44,11 @@ def bars(path: Path, title: str, labels: Sequence[str], groups: Sequence[Group])
         for index, value in enumerate(group.values):
             end = LEFT + value * scale
             draw.rectangle((LEFT, y, end, y + ROW - 4), fill=COLOURS[index % len(COLOURS)])
-            draw.text((end + 6, y + ROW // 2 - 2), f"{value:.2f}", INK, _font(12), anchor="lm")
-            if group.marks:
-                mark = LEFT + group.marks[index] * scale
+            mark = LEFT + group.marks[index] * scale if group.marks else 0.0
+            if mark:
                 draw.line((mark, y - 2, mark, y + ROW - 2), fill=MARK, width=3)
+            beside = mark if end - 4 < mark < end + 36 else end
+            draw.text((beside + 6, y + ROW // 2 - 2), f"{value:.2f}", INK, _font(12), anchor="lm")
             y += ROW
         y += 12
     image.save(path, optimize=True)

@@ -8,7 +8,9 @@ HEAD = """# Results
 
 Written by `python -m benchmarks`; nothing here was typed by hand. A ratio is a time as a multiple of
 another time of the same run, taken in turns: *least* compares the fastest rounds, *median* is the
-median over the rounds, and a goal is met by the median. Each section says when and on what.
+median over the rounds, and a goal is met by the median. Where the two are far apart something
+disturbed the machine; a median below 1 of weight-only arithmetic means that it disturbed bf16, not
+that decoding is free. Each section says when and on what.
 """
 
 
