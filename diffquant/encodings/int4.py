@@ -103,7 +103,8 @@ def _with_zero(values_NK: "Tensor", encoding: Encoding, recipe: Recipe) -> "dict
     codes = values_NK.new_empty(n, columns // 2, dtype=uint8)
     scale = values_NK.new_empty(n, columns // group, dtype=bfloat16)
     zero = scale.new_empty(scale.shape)
-    for rows in row_spans((n, columns)):
+    spans = [slice(n)] if values_NK.is_meta else row_spans((n, columns))
+    for rows in spans:
         best = _in_best_range(values_NK[rows].float().unflatten(1, (-1, group)))
         codes[rows] = packed(best.codes.flatten(1))
         scale[rows], zero[rows] = best.scale[..., 0], best.zero[..., 0]

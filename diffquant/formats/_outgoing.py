@@ -178,8 +178,10 @@ def running(piece: Piece) -> Piece:
         return piece
     codes = piece.part(Role.CODES)
     ref = TensorRef(0, "") if codes is None else codes.ref
-    kept = tuple(part for part in piece.parts if part.role is Role.BIAS)
-    made = tuple(Part(role, ref, ROW_MAJOR) for role in sorted(recode.roles - {Role.BIAS}))
+    kept = tuple(
+        part for part in piece.parts if part.role is Role.BIAS and Role.BIAS not in recode.roles
+    )
+    made = tuple(Part(role, ref, ROW_MAJOR) for role in sorted(recode.roles))
     return replace(
         piece,
         encoding=recode.encoding,

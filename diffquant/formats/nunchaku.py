@@ -247,6 +247,8 @@ def _endings(family: str) -> Mapping[Role, str]:
 
 
 def _spellings(endings: Mapping[Role, str]) -> Mapping[str, Spelling]:
+    # Nobody computes with the record of the smoothing, but upstream's modules miss it.
+    named = [*endings.items(), (Role.SMOOTH, f"{endings[Role.SMOOTH]}_orig")]
     packed = Spelling(
         parts=tuple(
             Outgoing(
@@ -257,7 +259,7 @@ def _spellings(endings: Mapping[Role, str]) -> Mapping[str, Spelling]:
                 axes="one" if role is Role.TENSOR_SCALE else None,
                 filled=FILLS.get(role),
             )
-            for role, ending in endings.items()
+            for role, ending in named
         ),
         smooth="divide",
         lowrank_input="raw",

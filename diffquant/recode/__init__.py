@@ -9,7 +9,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -143,8 +143,16 @@ def encoded(weight_NK: Tensor, recode: Recode, *, amax: Tensor | None = None) ->
 
 def sketched(piece: Piece) -> dict[Role, Tensor]:
     """Shapes and dtypes of what the piece's recode makes, computed without data."""
-    recode, n, k = piece.recode, len(piece.out), len(piece.cols)
+    recode = piece.recode
     assert recode is not None
+    alike = replace(recode, fused=None, shared_amax=None, bias_offsets=())
+    alike = replace(alike, samples=None, input_amax=None)
+    return dict(_sketch(len(piece.out), len(piece.cols), alike))
+
+
+@lru_cache(maxsize=64)
+def _sketch(n: int, k: int, recode: Recode) -> Mapping[Role, Tensor]:
+    """Cached, because a model repeats its blocks and operators on meta tensors are slow."""
     weight = torch.empty(n, k, device="meta")
     made = codes(weight, replace(recode, rank=None))
     rank = min(recode.rank or 0, n, k)

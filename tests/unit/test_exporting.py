@@ -104,8 +104,7 @@ def test_a_model_of_published_size_has_the_published_keys(
     checkpoint = Checkpoint(origin=table, root=tmp_path, files=(file,))
     prepared = exporting.prepare(planner.plan(checkpoint, header, config={}), "nunchaku")
     known = {(name, each.dtype, each.shape) for name, each in header.tensors.items()}
-    used = {each for each in known if not each[0].endswith("_orig")}
-    assert {(each.name, each.dtype, each.shape) for each in prepared.tensors} == used
+    assert {(each.name, each.dtype, each.shape) for each in prepared.tensors} == known
 
 
 @pytest.mark.parametrize("scheme", SAVED)

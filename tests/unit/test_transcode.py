@@ -70,11 +70,7 @@ def test_modelopt_fp8_becomes_comfys_under_the_original_names(tmp_path: Path) ->
 
 def test_a_nunchaku_file_comes_out_as_the_bytes_it_was(tmp_path: Path) -> None:
     done = transcode(str(NUNCHAKU), tmp_path / "again.safetensors", to="nunchaku")
-    held, made = bits(NUNCHAKU), bits(done.files[0])
-    assert {name for name in held if name not in made} == {
-        name for name in held if name.endswith(".smooth_orig")
-    }
-    assert all(held[name] == tensor for name, tensor in made.items())
+    assert bits(NUNCHAKU) == bits(done.files[0])
     said = json.loads(metadata(done.files[0])["quantization_config"])
     assert said == json.loads(metadata(NUNCHAKU)["quantization_config"])
 
