@@ -89,6 +89,20 @@ def test_both_experts_in_their_places_are_confirmed_and_each_has_a_truth_line(
     assert second.startswith("transformer_2: 4/")
 
 
+def test_the_share_that_is_quantized_is_told_of_each(base: Path, quantized: dict[str, str]) -> None:
+    flags = ModelFlags(
+        model_path=str(base),
+        component_paths={"transformer": quantized["transformer"]},
+        component_quantizations={"transformer_2": "int8"},
+        quantize_all=True,
+    )
+    held = loading.dry_run(flags, loading.RunFlags(device="cpu"))
+    first, second = held.truth_lines
+    assert first.startswith("transformer: 4/26 linears fp8 via")
+    assert second.startswith("transformer_2: 26/26 linears int8 (online) via")
+    assert any(note.startswith("they hold 9") for note in held.plans["transformer_2"].notes)
+
+
 def test_exchanged_experts_are_refused(base: Path, quantized: dict[str, str]) -> None:
     swapped = {"transformer": quantized["transformer_2"], "transformer_2": quantized["transformer"]}
     with pytest.raises(UsageError, match="'transformer' was given the weights of 'transformer_2'"):
