@@ -1,0 +1,151 @@
+"""What runs natively where, and what says no. The tables are written by hand from what vendors say
+of their hardware; they are not recorded from the code.
+
+Native means: a kernel quantizes the input as the format asks and multiplies the codes. Elsewhere the
+same file runs weight-only, so no cell of the table is a model that cannot be loaded.
+"""
+
+import pytest
+
+from diffquant import device
+from diffquant.device import Device
+from diffquant.errors import KernelError
+from diffquant.kernels import KERNELS, Choice, choose, refusal
+from diffquant.plan import DENSE, LayerPlan, Piece, Span
+from diffquant.schemes import SCHEMES
+
+SCALED = "torch_scaled_mm"
+
+#: Column of the table -> the scheme whose encoding and activations it stands for.
+COLUMNS = {
+    "fp8": "fp8",
+    "nvfp4": "nvfp4",
+    "mxfp8": "mxfp8",
+    "mxfp4": "mxfp4",
+    "svdq": "svdq_int4",
+    "int8": "int8",
+}
+
+# FP8 tensor cores begin with Ada (sm89); torch multiplies on them up to sm121.
+# FP4 and MX tensor cores begin with sm100, and no kernel for them is carried yet.
+# INT4 tensor cores are those of sm75 to sm89, Hopper has none, and no engine for them is carried.
+# CDNA3's FP8 is e4m3fnuz, which is not what the files hold. Ascend's MX kernels (A5) are not carried.
+# int8 products on a CPU are opt-in: their activations lose more than the weights do.
+NATIVE = {
+    #              fp8     nvfp4 mxfp8 mxfp4 svdq int8
+    "sm75":      (None,    None, None, None, None, None),
+    "sm80":      (None,    None, None, None, None, None),
+    "sm86":      (None,    None, None, None, None, None),
+    "sm89":      (SCALED,  None, None, None, None, None),
+    "sm90":      (SCALED,  None, None, None, None, None),
+    "sm100":     (SCALED,  None, None, None, None, None),
+    "sm103":     (SCALED,  None, None, None, None, None),
+    "sm120":     (SCALED,  None, None, None, None, None),
+    "sm121":     (SCALED,  None, None, None, None, None),
+    "gfx90a":    (None,    None, None, None, None, None),
+    "gfx942":    (None,    None, None, None, None, None),
+    "gfx950":    (None,    None, None, None, None, None),
+    "mps":       (None,    None, None, None, None, None),
+    "ascend-a2": (None,    None, None, None, None, None),
+    "ascend-a5": (None,    None, None, None, None, None),
+    "cpu":       (None,    None, None, None, None, None),
+}  # fmt: skip
+
+#: What multiplies the weights where no kernel is native.
+PORTABLE = {
+    "cpu": ("cpu_fp8", "cpu_nvfp4", "cpu_mxfp8", "cpu_mxfp4", "cpu_int4", "cpu_int8"),
+}
+EVERYWHERE_ELSE = ("reference",) * len(COLUMNS)
+
+#: What the native FP8 kernel says where it may not run.
+NO_FP8 = {
+    "sm75": "needs sm89 to sm129, this is sm75",
+    "sm80": "needs sm89 to sm129, this is sm80",
+    "sm86": "needs sm89 to sm129, this is sm86",
+    "gfx90a": "needs cuda, this is rocm",
+    "gfx942": "needs cuda, this is rocm",
+    "gfx950": "needs cuda, this is rocm",
+    "mps": "needs cuda, this is mps",
+    "ascend-a2": "needs cuda, this is ascend",
+    "ascend-a5": "needs cuda, this is ascend",
+    "cpu": "needs cuda, this is cpu",
+}
+
+CELLS = [(place, column) for place in NATIVE for column in COLUMNS]
+
+
+def there(place: str) -> Device:
+    """A device for a dry run; mps has no architecture to name, so it is spelled out."""
+    if place == "mps":
+        return Device(kind="mps", arch="arm64", name="Apple GPU", present=False)
+    return device.parse(place)
+
+
+def layer(scheme: str) -> LayerPlan:
+    """A dense layer of 256 x 512 that is quantized while loading."""
+    shape = (256, 512)
+    piece = Piece(
+        encoding=DENSE,
+        stored_NK=shape,
+        parts=(),
+        out=Span(0, shape[0]),
+        cols=Span(0, shape[1]),
+        recode=SCHEMES.load(scheme).recode(),
+    )
+    return LayerPlan(path="proj", shape_NK=shape, pieces=(piece,), dtype="bfloat16", why="a test")
+
+
+def chosen(place: str, column: str, strict: bool = False) -> Choice:
+    return choose(layer(COLUMNS[column]), there(place), strict=strict)
+
+
+def told(place: str, column: str) -> tuple[str | None, str]:
+    """The table's cell: the native kernel, and the portable one."""
+    at = list(COLUMNS).index(column)
+    return NATIVE[place][at], PORTABLE.get(place, EVERYWHERE_ELSE)[at]
+
+
+@pytest.mark.parametrize(("place", "column"), CELLS)
+def test_the_kernel_is_the_one_the_hardware_has(place: str, column: str) -> None:
+    native, portable = told(place, column)
+    choice = chosen(place, column)
+    assert choice.kernel == (native or portable)
+    assert (choice.specs[0].activation is not None) == (native is not None)
+
+
+@pytest.mark.parametrize(("place", "column"), CELLS)
+def test_strict_stops_exactly_where_nothing_is_native(place: str, column: str) -> None:
+    native, _ = told(place, column)
+    if native is not None:
+        assert chosen(place, column, strict=True).kernel == native
+        return
+    with pytest.raises(KernelError, match="no native kernel runs them here"):
+        chosen(place, column, strict=True)
+
+
+@pytest.mark.parametrize("place", NATIVE)
+def test_native_fp8_says_why_it_does_not_run(place: str) -> None:
+    refusals = {item.kernel: item.reason for item in chosen(place, "fp8").refusals}
+    assert refusals.get(SCALED) == NO_FP8.get(place)
+
+
+@pytest.mark.parametrize("place", [place for place in NATIVE if place != "cpu"])
+def test_kernels_of_the_cpu_stay_there(place: str) -> None:
+    spec = chosen(place, "fp8").specs[0]
+    for name in KERNELS.names():
+        if name.startswith("cpu_"):
+            reason = refusal(KERNELS.load(name), spec, there(place))
+            assert reason is not None, name
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kernel"),
+    [
+        ("fp8", SCALED),
+        ("fp8_tensor", SCALED),
+        ("fp8_block", "reference"),
+        ("svdq_nvfp4", "reference"),
+    ],
+)
+def test_hopper_multiplies_fp8_natively_except_in_blocks(scheme: str, kernel: str) -> None:
+    assert choose(layer(scheme), there("sm90")).kernel == kernel
