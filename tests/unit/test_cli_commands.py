@@ -15,7 +15,7 @@ FP8 = Path(__file__).parents[1] / "data" / "modelopt" / "flux" / "fp8"
 GENERATE_OPTIONS = """
 --prompt --negative-prompt --width --height --num-inference-steps --guidance-scale --true-cfg-scale
 --seed --num-images-per-prompt --image --mask-image --num-frames --fps --guidance-scale-2 --max-sequence-length
---output-path --output-file-name --profile
+--output-path --output-file-name --input-file --profile
 --model-path --transformer-path --transformer-weights-path --model-id --revision --local-files-only
 --quantization --quantization-ignored-layers --quantization-scope --quantization-preset --quantize-all --requantize
 --enable-svdquant --quantization-precision
