@@ -20,10 +20,14 @@ SWITCH_WORDS = {"true": True, "false": False}
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """What becomes of one value: a value of ours in `to`, or a note that says why none is needed."""
+    """What becomes of one value: a value of ours in `to`, or a note that says why none is needed.
+
+    on  kinds and generations of devices where a GEMM backend of that name exists
+    """
 
     to: str | None = None
     note: str = ""
+    on: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +41,8 @@ class Flag:
     yields: bool = False
     only: str | None = None
     values: Mapping[str, Value] = field(default_factory=dict)
+    order: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    default: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +172,8 @@ def _answer_value(flag: str, alias: Flag, value: str) -> tuple[list[str], str]:
             f"{flag} has no value {value!r}", hint=f"one of: {', '.join(alias.values)}"
         )
     if meant.to is None or alias.to is None:
-        return [], f"{flag} {value} is not needed: {meant.note}"
+        where = f" (there it is for {', '.join(meant.on)})" if meant.on else ""
+        return [], f"{flag} {value} is not needed: {meant.note}{where}"
     return [alias.to, meant.to], f"{flag} {value} is {alias.to} {meant.to} here"
 
 

@@ -11,7 +11,16 @@ import click
 from diffquant import aliases, device
 from diffquant.cli import _options, _talk
 from diffquant.device import Device
-from diffquant.kernels import ANY_ACTIVATION, KERNELS, WEIGHT_ONLY, Kernel, Needs, Spec, refusal
+from diffquant.kernels import (
+    ANY_ACTIVATION,
+    KERNELS,
+    WEIGHT_ONLY,
+    Kernel,
+    Needs,
+    Spec,
+    _backends,
+    refusal,
+)
 from diffquant.plan import DENSE, Activation, Encoding, Role
 
 PACKAGES = (
@@ -58,6 +67,12 @@ def _found() -> dict[str, Any]:
         "kernels": {
             name: {each.torch_name: _obstacle(kernel, each) for each in here if not each.obstacle}
             for name, kernel in KERNELS.load_all().items()
+        },
+        "backends": {
+            flag: {
+                each.torch_name: _backends.told(flag, each) for each in here if not each.obstacle
+            }
+            for flag in _backends.FLAGS
         },
         "environment": aliases.heard(os.environ),
     }
@@ -121,6 +136,11 @@ def _told(found: dict[str, Any]) -> str:
             (name, place, "runs" if reason is None else f"cannot: {reason}")
             for name, places in found["kernels"].items()
             for place, reason in places.items()
+        ],
+        "backends": [
+            (flag, place, answer)
+            for flag, places in found["backends"].items()
+            for place, answer in places.items()
         ],
         "environment": list(found["environment"].items()) or [("no SGLANG_* variable is set",)],
     }
