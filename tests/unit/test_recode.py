@@ -1,12 +1,15 @@
 """Encoding while loading: shared scales, low-rank branches, and what is not to be changed by it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from diffquant.encodings import ENCODINGS
+from diffquant.formats._svdquant_units import AWQ_RECODE
 from diffquant.plan import (
     DENSE,
     Encoding,
@@ -21,6 +24,7 @@ from diffquant.plan import (
     TensorRef,
 )
 from diffquant.recode import Encoder, encoded, lowrank
+from diffquant.recode._codes import codes
 from diffquant.recode._lowrank import ROUNDS
 from diffquant.schemes import SCHEMES
 from diffquant.tensors import Weights
@@ -165,3 +169,26 @@ def test_a_branch_carries_what_quantizing_loses(name: str, monkeypatch: pytest.M
     monkeypatch.setattr("diffquant.recode._lowrank.ROUNDS", 1)
     assert with_branch <= error(value(encoded(truth, scheme.recode()), scheme.recode()), truth)
     assert ROUNDS > 1
+
+
+@pytest.mark.parametrize("name", ["linear_int4_plain", "linear_int4_gelu_shifted_unsigned"])
+def test_codes_and_scales_are_those_nunchakus_own_quantizer_took(name: str, data: Path) -> None:
+    truth = load_file(data / "nunchaku" / f"{name}.safetensors")
+    recode = replace(SCHEMES.load("svdq_int4").recode(), rank=None)
+    scale = truth["logical.scale"].float().repeat_interleave(64, 1)
+    made = codes(truth["logical.code"].float() * scale, recode)
+    nibbles = made[Role.CODES]
+    found = torch.stack((nibbles & 15, nibbles >> 4), dim=2).flatten(1)
+    assert torch.equal(found, truth["logical.code"].view(torch.uint8) & 15)
+    assert torch.equal(made[Role.BLOCK_SCALE], truth["logical.scale"])
+
+
+def test_a_scaled_zero_fits_a_range_that_is_not_around_zero() -> None:
+    """Modulation weights: 4 bits over the range there is, not over the largest magnitude."""
+    recode = AWQ_RECODE
+    truth = weight() + 0.05
+    parts = encoded(truth, recode)
+    assert parts[Role.BLOCK_SCALE].dtype == parts[Role.ZERO_POINT].dtype == torch.bfloat16
+    plain = encoded(truth, SCHEMES.load("int4_64").recode())
+    symmetric = error(value(plain, SCHEMES.load("int4_64").recode()), truth)
+    assert error(value(parts, recode), truth) < 0.6 * symmetric
