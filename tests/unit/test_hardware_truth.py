@@ -5,6 +5,8 @@ Native means: a kernel quantizes the input as the format asks and multiplies the
 same file runs weight-only, so no cell of the table is a model that cannot be loaded.
 """
 
+from dataclasses import replace
+
 import pytest
 
 from diffquant import device
@@ -15,6 +17,9 @@ from diffquant.plan import DENSE, LayerPlan, Piece, Span
 from diffquant.schemes import SCHEMES
 
 SCALED = "torch_scaled_mm"
+FI_FP4 = "flashinfer_fp4"
+#: The table is of machines that have what there is for them.
+INSTALLED = {"flashinfer-python": "0.6"}
 
 #: Column of the table -> the scheme whose encoding and activations it stands for.
 COLUMNS = {
@@ -27,28 +32,28 @@ COLUMNS = {
 }
 
 # FP8 tensor cores begin with Ada (sm89); torch multiplies on them up to sm121.
-# FP4 and MX tensor cores begin with sm100, and no kernel for them is carried yet.
+# FP4 and MX tensor cores begin with sm100; FlashInfer multiplies NVFP4 there, nothing does MX yet.
 # INT4 tensor cores are those of sm75 to sm89, Hopper has none, and no engine for them is carried.
 # CDNA3's FP8 is e4m3fnuz, which is not what the files hold. Ascend's MX kernels (A5) are not carried.
 # int8 products on a CPU are opt-in: their activations lose more than the weights do.
 NATIVE = {
-    #              fp8     nvfp4 mxfp8 mxfp4 svdq int8
-    "sm75":      (None,    None, None, None, None, None),
-    "sm80":      (None,    None, None, None, None, None),
-    "sm86":      (None,    None, None, None, None, None),
-    "sm89":      (SCALED,  None, None, None, None, None),
-    "sm90":      (SCALED,  None, None, None, None, None),
-    "sm100":     (SCALED,  None, None, None, None, None),
-    "sm103":     (SCALED,  None, None, None, None, None),
-    "sm120":     (SCALED,  None, None, None, None, None),
-    "sm121":     (SCALED,  None, None, None, None, None),
-    "gfx90a":    (None,    None, None, None, None, None),
-    "gfx942":    (None,    None, None, None, None, None),
-    "gfx950":    (None,    None, None, None, None, None),
-    "mps":       (None,    None, None, None, None, None),
-    "ascend-a2": (None,    None, None, None, None, None),
-    "ascend-a5": (None,    None, None, None, None, None),
-    "cpu":       (None,    None, None, None, None, None),
+    #              fp8     nvfp4   mxfp8 mxfp4 svdq int8
+    "sm75":      (None,    None,   None, None, None, None),
+    "sm80":      (None,    None,   None, None, None, None),
+    "sm86":      (None,    None,   None, None, None, None),
+    "sm89":      (SCALED,  None,   None, None, None, None),
+    "sm90":      (SCALED,  None,   None, None, None, None),
+    "sm100":     (SCALED,  FI_FP4, None, None, None, None),
+    "sm103":     (SCALED,  FI_FP4, None, None, None, None),
+    "sm120":     (SCALED,  FI_FP4, None, None, None, None),
+    "sm121":     (SCALED,  FI_FP4, None, None, None, None),
+    "gfx90a":    (None,    None,   None, None, None, None),
+    "gfx942":    (None,    None,   None, None, None, None),
+    "gfx950":    (None,    None,   None, None, None, None),
+    "mps":       (None,    None,   None, None, None, None),
+    "ascend-a2": (None,    None,   None, None, None, None),
+    "ascend-a5": (None,    None,   None, None, None, None),
+    "cpu":       (None,    None,   None, None, None, None),
 }  # fmt: skip
 
 #: What multiplies the weights where no kernel is native.
@@ -71,14 +76,20 @@ NO_FP8 = {
     "cpu": "needs cuda, this is cpu",
 }
 
+#: What the native FP4 kernel says where it may not run.
+NO_FP4 = {
+    place: f"needs sm100 to sm121, this is {place}"
+    for place in ("sm75", "sm80", "sm86", "sm89", "sm90")
+} | {place: reason for place, reason in NO_FP8.items() if reason.startswith("needs cuda")}
+
 CELLS = [(place, column) for place in NATIVE for column in COLUMNS]
 
 
 def there(place: str) -> Device:
     """A device for a dry run; mps has no architecture to name, so it is spelled out."""
     if place == "mps":
-        return Device(kind="mps", arch="arm64", name="Apple GPU", present=False)
-    return device.parse(place)
+        return Device(kind="mps", arch="arm64", name="Apple GPU", packages=INSTALLED, present=False)
+    return replace(device.parse(place), packages=INSTALLED)
 
 
 def layer(scheme: str) -> LayerPlan:
@@ -127,6 +138,19 @@ def test_strict_stops_exactly_where_nothing_is_native(place: str, column: str) -
 def test_native_fp8_says_why_it_does_not_run(place: str) -> None:
     refusals = {item.kernel: item.reason for item in chosen(place, "fp8").refusals}
     assert refusals.get(SCALED) == NO_FP8.get(place)
+
+
+@pytest.mark.parametrize("place", NATIVE)
+def test_native_fp4_says_why_it_does_not_run(place: str) -> None:
+    refusals = {item.kernel: item.reason for item in chosen(place, "nvfp4").refusals}
+    assert refusals.get(FI_FP4) == NO_FP4.get(place)
+
+
+def test_native_fp4_needs_its_package() -> None:
+    bare = replace(there("sm120"), packages={})
+    choice = choose(layer("nvfp4"), bare)
+    assert choice.kernel == "reference"
+    assert choice.refusals[0].reason == "needs flashinfer-python installed"
 
 
 @pytest.mark.parametrize("place", [place for place in NATIVE if place != "cpu"])
