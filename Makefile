@@ -17,7 +17,7 @@ check: ## what CI checks: style, types and tests against the built wheel
 test: ## the tests, without the long ones
 	$(BIN)/pytest
 
-long: ## the long tests alone: 20,000 damaged files, the wheel's contents, every scheme's memory
+long: ## the long tests alone: 20,000 damaged files, the wheel's contents, every scheme's memory, oldest and newest releases
 	$(BIN)/pytest -m long
 
 wheel: ## the wheel, in dist/

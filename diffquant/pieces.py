@@ -85,7 +85,9 @@ def dense(layer: LayerPlan, weights: Weights) -> tuple[Tensor, Tensor | None]:
     parts = [canonical(piece, weights) for piece in layer.pieces]
     weight = torch.zeros(layer.shape_NK)
     bias = bias_of(layer, parts)
-    total = torch.zeros(layer.shape_NK[0]) if bias is None else bias.float().clone()
+    total = torch.zeros(layer.shape_NK[0])
+    if bias is not None:
+        total[: len(bias)] = bias.float()
     for piece, held in zip(layer.pieces, parts, strict=True):
         folded, shifted = _folded(piece, held)
         weight[piece.out.as_slice(), piece.cols.as_slice()] += folded

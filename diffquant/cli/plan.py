@@ -21,8 +21,6 @@ from diffquant.residence import MODES, Mode, Residence
 ONLY_HERE = ("--json",)
 MEMORY = "--memory"
 HEADINGS = ("layer", "weight", "kernel", "why")
-#: Bytes of one value of a dtype to compute in.
-WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
 SIZE = re.compile(r"([\d.]+) *([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
@@ -132,7 +130,7 @@ def _forecast(dry: loading.DryRun, drawn: forecast.Canvas, mode: Mode) -> foreca
         choices=dry.choices,
         residence=replace(dry.residence, mode=mode),
         drawn=drawn,
-        compute=WIDTHS[loading.DTYPES[dry.run.dtype]],
+        compute=forecast.WIDTHS[loading.DTYPES[dry.run.dtype]],
     )
 
 

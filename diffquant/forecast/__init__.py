@@ -17,6 +17,7 @@ from diffquant.device import Device
 from diffquant.forecast._drawing import Canvas, canvas, decoding_bytes, denoising_bytes
 from diffquant.forecast._holdings import (
     COMPUTE_BYTES,
+    WIDTHS,
     Holding,
     encoded_bytes,
     holdings,
@@ -29,6 +30,7 @@ from diffquant.residence import ON_DEVICE, Mode, Residence
 from diffquant.sources import PipelineFolder
 
 __all__ = [
+    "WIDTHS",
     "COMPUTE_BYTES",
     "Canvas",
     "Forecast",

@@ -13,8 +13,10 @@ from diffquant.patterns import matches
 from diffquant.plan import DENSE, LayerPlan, Part, Plain, Plan, Recode, Role
 from diffquant.sources import PipelineFolder
 
-#: Of one value computed with, unless told otherwise: bfloat16.
-COMPUTE_BYTES = 2
+#: Bytes of a value of each dtype that weights, scales and activations come in.
+WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
+#: Of one value computed with, unless told otherwise.
+COMPUTE_BYTES = WIDTHS["bfloat16"]
 #: What encoding holds beside the result, in layers as stored: the layer and as much again to work on;
 #: with a low-rank branch three copies in float32.
 LAYERS_AT_ONCE, LAYERS_BESIDE_A_BRANCH = 2, 6
@@ -199,26 +201,26 @@ def _layers_at_once(plan: Plan) -> int:
 
 
 def encoded_bytes(shape_NK: tuple[int, int], recode: Recode) -> int:
-    """Codes, scales and low-rank branch of a weight."""
+    """Codes, scales and low-rank branch of a weight; its bias is counted where it lies."""
     n, k = shape_NK
+    scale = WIDTHS[recode.scale_dtype or "float32"]
     codec = ENCODINGS.load(recode.encoding.name)
     group = codec.group or recode.group or k
     block = (-(-n // group) if recode.granularity == "block" else n) * -(-k // group)
     rank = min(recode.rank or 0, n, k)
     sizes = {
         Role.CODES: int(n * k * codec.bits) // 8,
-        # Encodings of a fixed group have scales of one byte, all others of four.
-        Role.BLOCK_SCALE: block if codec.group else 4 * block,
-        Role.CHANNEL_SCALE: 4 * n,
-        Role.TENSOR_SCALE: 4,
-        Role.OUTER_SCALE: 4 * n * -(-k // (recode.group or k)),
+        # Encodings of a fixed group have scales of one byte.
+        Role.BLOCK_SCALE: block if codec.group else scale * block,
+        Role.CHANNEL_SCALE: scale * n,
+        Role.TENSOR_SCALE: scale,
+        Role.OUTER_SCALE: scale * n * -(-k // (recode.group or k)),
         Role.ZERO_POINT: block * COMPUTE_BYTES,
         Role.SMOOTH: COMPUTE_BYTES * k,
-        Role.BIAS: COMPUTE_BYTES * n,
         Role.LOWRANK_UP: COMPUTE_BYTES * n * rank,
         Role.LOWRANK_DOWN: COMPUTE_BYTES * k * rank,
     }
-    return sum(sizes[role] for role in recode.roles)
+    return sum(sizes[role] for role in recode.roles - {Role.BIAS})
 
 
 def _parts(plan: Plan) -> Iterable[Part]:

@@ -6,6 +6,7 @@ with four. A model whose scales are rolled by one row is far below both.
 """
 
 import json
+import re
 import warnings
 from dataclasses import replace
 from functools import cache
@@ -20,7 +21,7 @@ from diffquant import forecast, loading
 from diffquant.encodings import ENCODINGS
 from diffquant.errors import UsageError
 from diffquant.kernels import wanted
-from diffquant.linear import QuantLinear
+from diffquant.linear import QuantLinear, Term
 from diffquant.loading import RunFlags
 from diffquant.plan import Plan, Role, to_json
 from diffquant.resolve import ModelFlags
@@ -69,6 +70,16 @@ def layers(pipe: Any) -> list[QuantLinear]:
     return [module for module in pipe.transformer.modules() if isinstance(module, QuantLinear)]
 
 
+def encodings(pipe: Any) -> set[str]:
+    return {encoding(term) for module in layers(pipe) for term in module.terms}
+
+
+def encoding(term: Term) -> str:
+    """What the piece was quantized to while loading."""
+    assert term.piece.recode is not None
+    return term.piece.recode.encoding.name
+
+
 def bound(name: str) -> float:
     return BOUNDS[int(ENCODINGS.load(SCHEMES.load(name).encoding.name).bits)]
 
@@ -104,10 +115,12 @@ def scales(pipe: Any) -> list[tuple[QuantLinear, str]]:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_truth_line_says_it_was_done_here_and_by_what(name: str) -> None:
     report = loading.report(pipeline(name))
-    count, encoding = len(layers(pipeline(name))), SCHEMES.load(name).encoding.name
-    assert report.truth_lines[0].startswith(
-        f"transformer: {count}/34 linears {encoding} (online) via cpu_{encoding}"
-    )
+    line = report.truth_lines[0]
+    told = re.findall(r"(\d+)/34 linears (\w+) \(online\) via cpu_(\w+)", line)
+    assert line.startswith("transformer: ")
+    assert sum(int(count) for count, _, _ in told) == len(layers(pipeline(name)))
+    assert {encoding for _, encoding, _ in told} == encodings(pipeline(name))
+    assert all(encoding in kernel for _, encoding, kernel in told)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -136,10 +149,13 @@ def test_what_it_holds_is_what_the_forecast_says_to_the_byte(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_its_layers_never_hold_what_they_were_made_from(name: str) -> None:
     """Codes take the bits that the encoding says, and no layer keeps its dense weight beside them."""
-    bits = ENCODINGS.load(SCHEMES.load(name).encoding.name).bits
     for module in layers(pipeline(name)):
-        codes = module.parts(0)[Role.CODES]
-        assert codes.nbytes * 8 == bits * module.in_features * module.out_features
+        columns = 0
+        for index, term in enumerate(module.terms):
+            codes = module.parts(index)[Role.CODES]
+            bits = ENCODINGS.load(encoding(term)).bits
+            columns += codes.nbytes * 8 // int(bits * module.out_features)
+        assert columns == module.in_features
         assert module.weight.untyped_storage().nbytes() == module.weight.element_size()
 
 
