@@ -286,7 +286,7 @@ def test_rule_5_runs_a_quantized_pipeline_without_any_other_flag(base: Path) -> 
 def test_rule_5_knows_the_base_of_lone_weights_by_their_tensors(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rules, "KNOWN_BASES", {"flux1": str(base)})
+    monkeypatch.setitem(rules.KNOWN_BASES, "flux1", str(base))
     lone = folder(
         tmp_path / "lone", {"_class_name": FLUX}, FP8 / "diffusion_pytorch_model.safetensors"
     )
