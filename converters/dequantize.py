@@ -27,8 +27,8 @@ from diffquant.converters._options import Reading, Writing, reading_options, wri
 from diffquant.converters._progress import Bar, bar, told
 from diffquant.converters._report import NOTHING, Report
 from diffquant.errors import ConvertError
-from diffquant.materialize import is_kept, plain_value
-from diffquant.pieces import dense
+from diffquant.materialize import is_kept
+from diffquant.pieces import dense, plain_value
 from diffquant.plan import Plan
 from diffquant.tensors import DTYPES, Passing, Weights
 from diffquant.writing import GIB, Declared, write

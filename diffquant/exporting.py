@@ -20,17 +20,15 @@ from torch import Tensor
 from diffquant import headers, planner
 from diffquant.encodings import ENCODINGS
 from diffquant.errors import ConvertError, FormatError
-from diffquant.families import Inventory
 from diffquant.formats import FORMATS, Export, Outgoing, OutgoingLayer
 from diffquant.layouts import LAYOUTS
-from diffquant.pieces import canonical, decoded
+from diffquant.pieces import canonical, plain_value
 from diffquant.plan import (
     DENSE,
     ROW_ROLES,
     BiasOffset,
     Piece,
     Plain,
-    PlainSource,
     Plan,
     Recode,
     Role,
@@ -453,33 +451,12 @@ def _plain(
 
 def _parameter(plain: Plain, weights: Weights) -> Tensor:
     """In its own shape; a quantized one is decoded to the dtype it is computed in."""
-    taken = [_source(source, plain, weights) for source in plain.sources]
-    return (taken[0] if len(taken) == 1 else torch.cat(taken)).reshape(plain.shape)
-
-
-def _source(source: PlainSource, plain: Plain, weights: Weights) -> Tensor:
-    if source.encoding != DENSE:
-        return _decoded(source, weights).to(getattr(torch, plain.dtype))
-    (part,) = source.parts
-    stored = weights.tensor(part.ref.file, part.ref.name)
-    cuts = [stored[span.as_slice()] for span in source.take]
-    return torch.cat(cuts) if cuts else stored
-
-
-def _decoded(source: PlainSource, weights: Weights) -> Tensor:
-    assert source.stored_NK is not None, "the planner gives every encoded source its shape"
-    n, k = source.stored_NK
+    if all(source.encoding == DENSE for source in plain.sources):
+        return plain_value(plain, weights)
+    dtype = getattr(torch, plain.dtype)
     if isinstance(weights, _Shapes):
-        return torch.empty(n, k, device="meta")
-    piece = Piece(
-        encoding=source.encoding,
-        stored_NK=source.stored_NK,
-        parts=source.parts,
-        out=Span(0, n),
-        cols=Span(0, k),
-        take=source.take,
-    )
-    return decoded(piece, canonical(piece, weights))
+        return torch.empty(plain.shape, dtype=dtype, device="meta")
+    return plain_value(plain, weights).to(dtype)
 
 
 # proof -----------------------------------------------------------------------------------------------
@@ -503,22 +480,12 @@ def _read_back(plan: Plan, format_name: str, export: Export, sketches: Sequence[
         header,
         config=plan.config,
         format_name=found,
-        inventory=inventory(plan),
+        inventory=planner.inventory_of(plan),
     )
     if drawn.problems:
         first = drawn.problems[0]
         raise FormatError(f"{checkpoint.origin} would not be whole: {first.tensor!r} {first.what}")
     return drawn.plan
-
-
-def inventory(plan: Plan) -> Inventory:
-    """The module's parameters as the plan fills them."""
-    shapes: dict[str, tuple[int, ...]] = {item.name: item.shape for item in plan.plain}
-    for layer in plan.layers:
-        shapes[f"{layer.path}.weight"] = layer.shape_NK
-        if any(Role.BIAS in piece.roles for piece in layer.pieces):
-            shapes[f"{layer.path}.bias"] = layer.shape_NK[:1]
-    return Inventory(shapes=shapes, linears=frozenset(layer.path for layer in plan.layers))
 
 
 def _losses(plan: Plan, export: Export, read: Plan) -> Iterator[str]:

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from diffquant.classes import kept_float32, skeleton, tie
 from diffquant.errors import PlanError, UsageError
-from diffquant.kernels import KERNELS, Choice
+from diffquant.kernels import KERNELS, Choice, Kernel, Spec
 from diffquant.kernels._operator import multiplier
-from diffquant.linear import Multiply, QuantLinear
+from diffquant.linear import Holding, Multiply, QuantLinear
 from diffquant.paging import Keep, Pages, rehome
-from diffquant.pieces import bias_of, canonical
-from diffquant.plan import DENSE, LayerPlan, Piece, Plain, PlainSource, Plan, Role, Span
+from diffquant.pieces import bias_of, canonical, plain_value
+from diffquant.plan import LayerPlan, Piece, Plan, Role
 from diffquant.recode import Encoder
-from diffquant.tensors import Passing, Weights
+from diffquant.tensors import Passing
 
 Progress = Callable[[int, int], None]
 
@@ -97,7 +97,11 @@ def _place(
         if bias is not None:
             _assign(model, f"{layer.path}.bias", bias.to(device, dtype))
         return
-    moved = [{role: part.to(device) for role, part in held.items()} for held in parts]
+    kernels = [KERNELS.load(name) for name in choice.kernels]
+    moved = [
+        {role: part.to(device) for role, part in prepared(kernel, spec, held).items()}
+        for kernel, spec, held in zip(kernels, choice.specs, parts, strict=True)
+    ]
     model.set_submodule(
         layer.path,
         QuantLinear(
@@ -106,10 +110,24 @@ def _place(
             [_product(choice, index) for index in range(len(layer.pieces))],
             bias=None if bias is None else bias.to(device),
             dtype=dtype,
-            float32=any(KERNELS.load(name).float32 for name in choice.kernels),
+            float32=any(kernel.float32 for kernel in kernels),
+            holdings=[holding(*each) for each in zip(kernels, choice.specs, strict=True)],
         ),
         strict=True,
     )
+
+
+def prepared(kernel: Kernel, spec: Spec, parts: Mapping[Role, Tensor]) -> Mapping[Role, Tensor]:
+    """The parts as the kernel holds them."""
+    return parts if kernel.prepare is None else kernel.prepare(parts, spec)
+
+
+def holding(kernel: Kernel, spec: Spec) -> Holding:
+    """What the kernel does beyond its product."""
+    restore = kernel.restore
+    if restore is None:
+        return Holding(kernel.fuses)
+    return Holding(kernel.fuses, lambda parts: restore(parts, spec))
 
 
 def _product(choice: Choice, index: int) -> Multiply:
@@ -127,39 +145,6 @@ def _whole(layer: LayerPlan, held: Sequence[Mapping[Role, Tensor]]) -> Tensor:
     for piece, parts in zip(layer.pieces, held, strict=True):
         weight[piece.out.as_slice(), piece.cols.as_slice()] = parts[Role.CODES]
     return weight
-
-
-def plain_value(plain: Plain, weights: Weights) -> Tensor:
-    """A parameter that is no linear weight, in its own shape and as stored; decoded ones as float32."""
-    taken = [_source(source, weights) for source in plain.sources]
-    joined = taken[0] if len(taken) == 1 else torch.cat(taken)
-    return joined.reshape(plain.shape)
-
-
-def _source(source: PlainSource, weights: Weights) -> Tensor:
-    if source.encoding != DENSE:
-        return _decoded(source, weights)
-    (part,) = source.parts
-    stored = weights.tensor(part.ref.file, part.ref.name)
-    cuts = [stored[span.as_slice()] for span in source.take]
-    return torch.cat(cuts) if cuts else stored
-
-
-def _decoded(source: PlainSource, weights: Weights) -> Tensor:
-    """A quantized embedding or table, as float32."""
-    from diffquant.pieces import decoded
-
-    assert source.stored_NK is not None, "the planner gives every encoded source its shape"
-    n, k = source.stored_NK
-    piece = Piece(
-        encoding=source.encoding,
-        stored_NK=source.stored_NK,
-        parts=source.parts,
-        out=Span(0, n),
-        cols=Span(0, k),
-        take=source.take,
-    )
-    return decoded(piece, canonical(piece, weights))
 
 
 def _assign(model: nn.Module, name: str, value: Tensor) -> None:

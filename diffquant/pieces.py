@@ -1,4 +1,4 @@
-"""A piece's stored tensors in canonical order, and a layer's dense weight.
+"""A piece's stored tensors in canonical order, a layer's dense weight and a plain parameter.
 
 Layout first, rows after: whatever a file's physical order, it is undone on the whole stored tensor
 before a row or column of it is taken.
@@ -11,7 +11,18 @@ from torch import Tensor
 
 from diffquant.encodings import ENCODINGS
 from diffquant.layouts import LAYOUTS
-from diffquant.plan import ROW_ROLES, Encoding, LayerPlan, Part, Piece, Role, Span
+from diffquant.plan import (
+    DENSE,
+    ROW_ROLES,
+    Encoding,
+    LayerPlan,
+    Part,
+    Piece,
+    Plain,
+    PlainSource,
+    Role,
+    Span,
+)
 from diffquant.rotation import rotated
 from diffquant.tensors import Weights
 
@@ -94,6 +105,37 @@ def dense(layer: LayerPlan, weights: Weights) -> tuple[Tensor, Tensor | None]:
         total[piece.out.as_slice()] += shifted
     shifts = any(piece.shift for piece in layer.pieces)
     return weight, None if bias is None and not shifts else total
+
+
+def plain_value(plain: Plain, weights: Weights) -> Tensor:
+    """A parameter that is no linear weight, in its own shape and as stored; decoded ones as float32."""
+    taken = [_given(source, weights) for source in plain.sources]
+    joined = taken[0] if len(taken) == 1 else torch.cat(taken)
+    return joined.reshape(plain.shape)
+
+
+def _given(source: PlainSource, weights: Weights) -> Tensor:
+    if source.encoding != DENSE:
+        return _table(source, weights)
+    (part,) = source.parts
+    stored = weights.tensor(part.ref.file, part.ref.name)
+    cuts = [stored[span.as_slice()] for span in source.take]
+    return torch.cat(cuts) if cuts else stored
+
+
+def _table(source: PlainSource, weights: Weights) -> Tensor:
+    """A quantized embedding or table, as float32."""
+    assert source.stored_NK is not None, "the planner gives every encoded source its shape"
+    n, k = source.stored_NK
+    piece = Piece(
+        encoding=source.encoding,
+        stored_NK=source.stored_NK,
+        parts=source.parts,
+        out=Span(0, n),
+        cols=Span(0, k),
+        take=source.take,
+    )
+    return decoded(piece, canonical(piece, weights))
 
 
 def _folded(piece: Piece, parts: dict[Role, Tensor]) -> tuple[Tensor, Tensor]:

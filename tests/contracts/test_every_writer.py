@@ -56,7 +56,7 @@ def read(source: Path, like: Plan | None = None) -> Plan:
     header = headers.read(checkpoint.files)
     if like is None:
         return settle.settle(planner.plan(checkpoint, header, config=checkpoint.config))
-    inventory = exporting.inventory(like)
+    inventory = planner.inventory_of(like)
     return planner.plan(checkpoint, header, config=like.config, inventory=inventory)
 
 
