@@ -86,7 +86,8 @@ SCALARS = {
     12: "d",
 }
 STRING, ARRAY = 8, 9
-MOST_AXES = 4
+#: ggml itself has four. ComfyUI-GGUF adds the convolutions of video models with their five.
+MOST_AXES = 5
 
 _AGAIN = "download it again"
 
@@ -217,7 +218,9 @@ def _tensor(cursor: _Cursor, file: int) -> Tensor:
     """A tensor as its info states it; its offsets still count from the start of the data."""
     name, rank = cursor.string(), cursor.one("I")
     if rank > MOST_AXES:
-        raise HeaderError(f"{name!r} of '{cursor.path}' has {rank} axes, GGUF has at most 4")
+        raise HeaderError(
+            f"{name!r} of '{cursor.path}' has {rank} axes, GGUF has at most {MOST_AXES}"
+        )
     shape = cursor.many("Q", rank)[::-1]
     kind, start = cursor.one("I"), cursor.one("Q")
     if kind not in TYPES:

@@ -46,7 +46,7 @@ def checkpoints() -> dict[Path, str]:
     """Every checkpoint under tests/data with its format: component folders, else lone files."""
     folders = {path.parent for path in DATA.rglob("config.json")}
     folders = {folder for folder in folders if any(folder.glob("*.safetensors"))}
-    files = {path for path in STORED if path.suffix == ".safetensors"}
+    files = {path for path in STORED if path.suffix in (".safetensors", ".gguf")}
     lone = {path for path in files if path.parent not in folders}
     found = {source: format_of(source) for source in sorted(folders | lone)}
     return {source: name for source, name in found.items() if name is not None}

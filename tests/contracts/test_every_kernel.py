@@ -146,7 +146,8 @@ def test_a_scale_that_is_off_by_a_percent_would_be_seen(name: str) -> None:
                 off = case.parts | {role: case.parts[role].float() * 1.01}
                 assert error(name, case, off) > LIMIT
                 seen += 1
-    block_only = {Role.BLOCK_SCALE} == {
+    # ggml's blocks hold their scales among the codes.
+    block_only = {Role.BLOCK_SCALE} >= {
         role for case in cases(name, torch.float32) for role in case.spec.roles if "scale" in role
     }
     assert seen or block_only
@@ -157,7 +158,8 @@ def test_codes_of_neighbouring_columns_exchanged_would_be_seen(name: str) -> Non
     for case in cases(name, torch.float32):
         codes = case.parts[Role.CODES]
         moved = codes.view(torch.uint8).roll(1, 1).view(codes.dtype)
-        assert error(name, case, case.parts | {Role.CODES: moved}) > LIMIT
+        # Not a number where bytes of a code became those of a scale: seen as well.
+        assert not error(name, case, case.parts | {Role.CODES: moved}) <= LIMIT
 
 
 @pytest.mark.parametrize("name", RUNNABLE)

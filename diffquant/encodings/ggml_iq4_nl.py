@@ -1,0 +1,24 @@
+"""ggml IQ4_NL: 32 columns share a scale, codes of 4 bits number unequal levels.
+
+    codes   (N, K / 32 * 18)   uint8   blocks of 18 bytes, 4.5 bits per weight
+
+        d  0   float16    scale
+        q  2   16 bytes   low nibbles are columns 0-15, high ones 16-31
+
+weight = d * IQ4_LEVELS[q]
+"""
+
+from typing import TYPE_CHECKING
+
+from diffquant.encodings._ggml import IQ4_LEVELS, codec, fields, half, levels, scaled
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _read(blocks: "Tensor") -> "Tensor":
+    codes = fields(blocks[:, 2:], bits=4, run=16)
+    return scaled(levels(codes, IQ4_LEVELS), half(blocks, 0))
+
+
+CODEC = codec("GGML_IQ4_NL", _read)

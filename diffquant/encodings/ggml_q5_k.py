@@ -1,0 +1,29 @@
+"""ggml Q5_K: 256 columns in 8 groups, each with a scale and a minimum of 6 bits; codes of 5 bits.
+
+    codes   (N, K / 256 * 176)   uint8   blocks of 176 bytes, 5.5 bits per weight
+
+        d    0   float16     scale of the scales
+        m    2   float16     scale of the minima
+        s    4   12 bytes    scales and minima, see `six_bit_pairs`
+        h   16   32 bytes    fifth bits: bit b of byte i is that of column 32 b + i
+        q   48   128 bytes   32 at a time hold 64 columns: low nibbles the first 32, high ones the others
+
+weight = d * scale * (q + 16 h) - m * minimum
+"""
+
+from typing import TYPE_CHECKING
+
+from diffquant.encodings._ggml import codec, fields, half, joined, scaled, six_bit_pairs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _read(blocks: "Tensor") -> "Tensor":
+    scales, minima = six_bit_pairs(blocks[:, 4:16])
+    fifth = fields(blocks[:, 16:48], bits=1, run=32)
+    codes = joined(fields(blocks[:, 48:], bits=4, run=32), fifth, bits=4)
+    return scaled(codes.float(), half(blocks, 0) * scales, minus=half(blocks, 2) * minima)
+
+
+CODEC = codec("GGML_Q5_K", _read)
