@@ -76,48 +76,55 @@ def rule_8_quantization(name: str, weights: Checkpoint, flags: ModelFlags, log: 
     if asked is None:
         return None
     meaning = _meaning(asked)
-    if meaning is None:
-        synonyms = [key for key, entry in aliases.quantizations().items() if not entry.refused]
-        known = list(dict.fromkeys([*SCHEMES.names(), *synonyms]))
+    header = headers.read(weights.files)
+    found, evidence = planner.identify(weights, header)
+    if meaning.online is None:
+        _require_asserted(asked, meaning, weights, header)
+        log.fire("8b", component=name, name=asked, evidence=evidence)
+        return None
+    if found == PLAIN_FORMAT:
+        log.fire("8", component=name, name=meaning.online)
+    elif flags.requantize:
+        log.fire("8c", loud=True, component=name, found=found, name=meaning.online)
+    else:
+        raise UsageError(
+            f"--quantization {asked} quantizes dense weights, and {name!r} from "
+            f"{weights.origin!r} is already {found}: {evidence}",
+            hint="leave out --quantization, give dense weights, or add --requantize to quantize "
+            "them twice",
+        )
+    return meaning.online
+
+
+def _meaning(asked: str) -> aliases.Quantization:
+    """A scheme by its own name, else what the table says of the word."""
+    if asked in SCHEMES.names():
+        return aliases.Quantization(online=asked)
+    words = aliases.quantizations()
+    if asked not in words:
+        known = dict.fromkeys([*SCHEMES.names(), *(w for w in words if not words[w].refused)])
         near = difflib.get_close_matches(asked, known, n=3)
         raise UsageError(
             f"no quantization is called {asked!r}", hint=f"one of: {', '.join(near or known)}"
         )
-    if meaning.refused:
-        raise UsageError(f"--quantization {asked} is refused: {meaning.refused}")
-    header = headers.read(weights.files)
+    if words[asked].refused:
+        raise UsageError(f"--quantization {asked} is refused: {words[asked].refused}")
+    return words[asked]
+
+
+def _require_asserted(
+    asked: str, meaning: aliases.Quantization, weights: Checkpoint, header: headers.Header
+) -> None:
+    """The file is of the format, and has the encoding, that a person says it has."""
     found, evidence = planner.identify(weights, header)
-    if meaning.online:
-        if found != PLAIN_FORMAT and flags.requantize:
-            log.fire("8c", loud=True, component=name, found=found, name=meaning.online)
-            return meaning.online
-        if found != PLAIN_FORMAT:
-            raise UsageError(
-                f"--quantization {asked} quantizes dense weights, and {name!r} from "
-                f"{weights.origin!r} is already {found}: {evidence}",
-                hint="leave out --quantization, give dense weights, or add --requantize to quantize "
-                "them twice",
-            )
-        log.fire("8", component=name, name=meaning.online)
-        return meaning.online
-    encodings = {
-        layer.encoding.name for layer in FORMATS.load(found).read(weights, header, Hints()).layers
-    }
+    layers = FORMATS.load(found).read(weights, header, Hints()).layers
+    encodings = {layer.encoding.name for layer in layers}
     if meaning.format != found or (meaning.encoding and meaning.encoding not in encodings):
         held = f"{found} {', '.join(sorted(encodings))}".strip()
         raise FormatError(
             f"--quantization {asked} says what {weights.origin!r} is, and it is {held}: {evidence}",
             hint="leave out --quantization; a file's own format needs no flag",
         )
-    log.fire("8b", component=name, name=asked, evidence=evidence)
-    return None
-
-
-def _meaning(asked: str) -> aliases.Quantization | None:
-    """A scheme by its own name, else what the table says of the word."""
-    if asked in SCHEMES.names():
-        return aliases.Quantization(online=asked)
-    return aliases.quantizations().get(asked)
 
 
 def rule_9_ignored(
@@ -139,9 +146,7 @@ def rule_9_ignored(
             "quantized while loading",
             hint="add --quantization NAME, or leave the layers out",
         )
-    header = headers.read(weights.files)
-    stored = {tensor.rpartition(".")[0] or tensor for tensor in header.tensors}
-    known = sorted(stored | _linears(config, header))
+    known = _names_of_layers(weights, config)
     for pattern in asked:
         if not any(patterns.hits(pattern, path) for path in known):
             near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3)
@@ -154,13 +159,17 @@ def rule_9_ignored(
     return asked
 
 
-def _linears(config: Mapping[str, Any], header: headers.Header) -> frozenset[str]:
-    """Paths of the module's linears, where its family can tell them."""
+def _names_of_layers(weights: Checkpoint, config: Mapping[str, Any]) -> list[str]:
+    """The file's own names, and paths of the module's linears where its family can tell them."""
+    header = headers.read(weights.files)
+    stored = {tensor.rpartition(".")[0] or tensor for tensor in header.tensors}
     family = FAMILIES.load(planner.family_of(config, header))
-    return family.inventory(config).linears if family.is_described else frozenset()
+    linears = family.inventory(config).linears if family.is_described else frozenset()
+    return sorted(stored | linears)
 
 
 def online(scheme: str | None, ignored: tuple[str, ...], flags: ModelFlags) -> Online | None:
+    """Everything that was typed about quantizing while loading; None where nothing is."""
     if scheme is None:
         return None
     return Online(
