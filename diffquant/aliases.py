@@ -143,7 +143,9 @@ def _answer(flag: str, alias: Flag, value: str | None) -> tuple[list[str], str]:
         return _answer_switch(flag, alias, value)
     if value is None:
         raise UsageError(f"{flag} needs a value")
-    if alias.only is not None and value != alias.only:
+    if value == alias.only:
+        return [], f"{flag} {value} is not needed: {alias.note}"
+    if alias.only is not None and alias.to is None:
         raise UsageError(f"{flag} {value}: {alias.refused}", hint=f"leave {flag} out")
     if alias.values:
         return _answer_value(flag, alias, value)

@@ -11,7 +11,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from diffquant import adapters, audit, device, experts, headers, online, planner, resolve, sources
+from diffquant import (
+    adapters,
+    audit,
+    device,
+    experts,
+    headers,
+    online,
+    planner,
+    ranks,
+    resolve,
+    sources,
+)
 from diffquant.compiling import require_compiler
 from diffquant.device import Device
 from diffquant.errors import UsageError
@@ -52,6 +63,7 @@ class RunFlags:
     offload         where weights live while drawing, with how many blocks ahead and to stay: see
                     `residence`
     compile         the repeated blocks of transformers
+    ulysses_degree  processes that draw one picture together, each on its own device: see `ulysses`
     """
 
     device: str | None = None
@@ -65,6 +77,7 @@ class RunFlags:
     offload_prefetch: int | None = None
     resident_layers: int | None = None
     compile: bool = False
+    ulysses_degree: int | None = None
     pinned: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -72,6 +85,17 @@ class RunFlags:
         resolve.require_choice("dtype", self.dtype, tuple(DTYPES))
         resolve.require_choice("offload", self.offload, MODES)
         Residence.wished(self.offload, self.offload_prefetch, self.resident_layers)
+        clashing = {
+            "--offload": self.offload != "none",
+            "--compile": self.compile,
+            "--save-quantized": self.save_quantized is not None,
+        }
+        ranks.require_sense(self.processes, clashing)
+
+    @property
+    def processes(self) -> int:
+        """How many draw one picture."""
+        return 1 if self.ulysses_degree is None else self.ulysses_degree
 
     @property
     def residence(self) -> Residence:
@@ -96,10 +120,16 @@ class DryRun:
 
     @property
     def truth_lines(self) -> tuple[str, ...]:
-        """One line per component: how many linears are what, through which kernel."""
-        return tuple(
-            f"{name}: {tally(plan, self.choices[name])}" for name, plan in self.plans.items()
-        )
+        """One line per component: how many linears are what, through which kernel; and one that
+        says how many processes draw a picture, where it is not one."""
+        lines = (f"{name}: {tally(plan, self.choices[name])}" for name, plan in self.plans.items())
+        return (*lines, *ranks.told(self.run.processes))
+
+    @property
+    def transformers(self) -> dict[str, ComponentSource]:
+        """The components that take the noise away."""
+        sources = self.resolution.components
+        return {name: source for name, source in sources.items() if source.is_transformer}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +222,7 @@ def dry_run(model: ModelFlags, run: RunFlags | None = None) -> DryRun:
     if run.save_quantized:
         wishes = [source.online for source in resolution.components.values() if source.online]
         online.require_saveable(wishes, Path(run.save_quantized))
-    place = device.probe() if run.device is None else device.parse(run.device)
+    place = _place(run)
     resolution = replace(resolution, fired=(*resolution.fired, *_moved(run, place)))
     if run.compile:
         require_compiler(place)
@@ -200,7 +230,17 @@ def dry_run(model: ModelFlags, run: RunFlags | None = None) -> DryRun:
     held = experts.check(resolution.components, plans)
     resolution = replace(resolution, fired=(*resolution.fired, *held))
     choices = {name: choose_all(plan, place, run, name) for name, plan in plans.items()}
-    return DryRun(resolution=resolution, plans=plans, choices=choices, device=place, run=run)
+    dry = DryRun(resolution=resolution, plans=plans, choices=choices, device=place, run=run)
+    for name, source in dry.transformers.items():
+        ranks.require_heads(name, source.config.get("num_attention_heads"), run.processes)
+    return dry
+
+
+def _place(run: RunFlags) -> Device:
+    """The device that was named, or the best one here; one of each process's own for several."""
+    if run.processes > 1:
+        return ranks.own_device(run.device, ranks.here())
+    return device.probe() if run.device is None else device.parse(run.device)
 
 
 def _moved(run: RunFlags, place: Device) -> Iterator[resolve.Fired]:
@@ -264,7 +304,7 @@ def load(
     """
     import torch
 
-    from diffquant import lora
+    from diffquant import lora, ulysses
     from diffquant.attach import attach
     from diffquant.paging import Spill
 
@@ -273,6 +313,9 @@ def load(
     handed = dict(components or {})
     _require_free(handed, dry)
     place, dtype = torch.device(dry.device.torch_name), _dtype(dry.run.dtype)
+    if dry.run.processes > 1:
+        ulysses.require_split({name: each.config for name, each in dry.transformers.items()})
+        ulysses.join(dry.run.processes, place)
     if dry.run.save_quantized:
         save_quantized(dry, on_progress=on_progress)
     digests = {name: plan.digest for name, plan in dry.plans.items()}
@@ -292,6 +335,8 @@ def load(
         compile=dry.run.compile,
         handed=handed,
     )
+    if dry.run.processes > 1:
+        ulysses.split({name: modules[name] for name in dry.transformers}, dry.run.processes, place)
     lora.prepare(pipeline)
     lora.load(pipeline, dry.run.lora, local_files_only=model.local_files_only)
     _REPORTS[pipeline] = Report(

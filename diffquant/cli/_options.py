@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from diffquant import ranks
 from diffquant.cli._arguments import Prepared
 from diffquant.errors import UsageError
 from diffquant.kernels import KERNELS
@@ -139,6 +140,12 @@ RUN = (
         help="Of a transformer that stay, layerwise or from disk. [0]",
     ),
     click.option("--compile", is_flag=True, help="Compile the repeated blocks with torch.compile."),
+    click.option(
+        "--ulysses-degree",
+        type=int,
+        metavar="PROCESSES",
+        help="Draw one picture on as many devices; torchrun starts `generate` that often. [1]",
+    ),
 )
 PICTURE = (
     click.option("--prompt", metavar="TEXT", help="What to draw."),
@@ -207,6 +214,15 @@ def model_flags(values: Mapping[str, Any], prepared: Prepared) -> ModelFlags:
 
 def run_flags(values: Mapping[str, Any], prepared: Prepared) -> RunFlags:
     return RunFlags(**given(RunFlags, values), pinned=pinned(prepared.record))
+
+
+def require_one_process(run: RunFlags, command: str) -> None:
+    """Raises UsageError for a command that lets no others draw with it."""
+    if run.processes > 1:
+        raise UsageError(
+            f"{ranks.FLAG} {run.processes}: {command} draws every picture in one process",
+            hint=f"leave {ranks.FLAG} out; diffquant generate has it",
+        )
 
 
 def pinned(record: Mapping[str, Any]) -> dict[str, dict[str, str]]:

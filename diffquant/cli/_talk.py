@@ -2,17 +2,21 @@
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from diffquant import ranks
 from diffquant.errors import DiffquantError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+MOMENT = 5.0  # seconds
 
 
 def say(text: str) -> None:
@@ -25,9 +29,25 @@ def note(text: str) -> None:
     click.echo(f"{click.style('note:', fg='yellow')} {text}", err=True)
 
 
+@contextmanager
+def only(speaks: bool) -> Iterator[None]:
+    """Say nothing, on stdout or stderr, unless this process is the one that speaks."""
+    with ExitStack() as stack:
+        if not speaks:
+            void = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(void))
+            stack.enter_context(redirect_stderr(void))
+        yield
+
+
 def refuse(error: Exception) -> int:
     """Tell an error in the house's two lines; returns the exit code."""
     what, hint, code = _told(error)
+    rank = ranks.here()
+    if not rank.is_first:
+        # What the first says too is said by then, and torchrun has ended the rest of them.
+        time.sleep(MOMENT)
+        what = f"process {rank.number}: {what}"
     click.echo(f"{click.style('error:', fg='red', bold=True)} {what}", err=True)
     if hint:
         click.echo(f"{click.style('hint:', fg='cyan')} {hint}", err=True)

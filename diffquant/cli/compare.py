@@ -167,9 +167,11 @@ def _question(values: Mapping[str, Any], prepared: Prepared) -> "Question":
     from diffquant.run import Request
 
     _require_sense(values)
+    run = _options.run_flags(values, prepared)
+    _options.require_one_process(run, "compare")
     ours, candidates = sides(
         _options.model_flags(values, prepared),
-        _options.run_flags(values, prepared),
+        run,
         reference=_reference(values),
         candidates=_candidates(values),
     )

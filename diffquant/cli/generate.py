@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from diffquant import loading, video
+from diffquant import loading, ranks, video
 from diffquant.cli import _options, _talk
 from diffquant.cli._arguments import ModelCommand, Prepared
 from diffquant.errors import UsageError
@@ -62,6 +62,7 @@ def COMMAND(
     _require_prompt(values["prompt"], input_file, output_file_name)
     model = _options.model_flags(values, prepared)
     run = _options.run_flags(values, prepared)
+    is_first = _met(run, prepared, input_file).is_first
     # Everything that can be refused without torch is refused before the seconds torch needs.
     dry = loading.dry_run(model, run)
     if not dry.device.present:
@@ -73,7 +74,7 @@ def COMMAND(
     if input_file is not None:
         return _draw_lines(dry, model, values, Path(input_file), Path(output_path), as_json)
     result = _drawn(dry, model, values, output_file_name)
-    paths = _saved(result, Path(output_path), output_file_name)
+    paths = _saved(result, Path(output_path), output_file_name) if is_first else []
     _tell_size(values, result)
     _talk.say(f"drawn in {result.seconds:.1f} s, saved as")
     told = json.dumps(_told(result, paths), indent=2) if as_json else "\n".join(map(str, paths))
@@ -90,6 +91,16 @@ def _require_prompt(prompt: str | None, input_file: str | None, name: str | None
         )
     if not (prompt or input_file):
         raise UsageError("there is no prompt", hint="diffquant generate --prompt 'red apple'")
+
+
+def _met(run: loading.RunFlags, prepared: Prepared, input_file: str | None) -> ranks.Rank:
+    """Which of the processes that draw together this is; the others hold their tongue from here on."""
+    ranks.require_sense(run.processes, {"--input-file": input_file is not None})
+    words = ["-m", "diffquant", "generate", *prepared.words, *prepared.component_words]
+    rank = ranks.here()
+    ranks.require(run.processes, rank, words)
+    click.get_current_context().with_resource(_talk.only(rank.is_first))
+    return rank
 
 
 def _draw_lines(
@@ -191,7 +202,7 @@ def _loaded(dry: loading.DryRun, model: ModelFlags, bars: "Progress") -> tuple[A
 def _profiled(
     directory: str | None, pipeline: Any, report: loading.Report
 ) -> AbstractContextManager[None]:
-    if directory is None:
+    if directory is None or not ranks.here().is_first:
         return nullcontext()
     from diffquant.profiling import profiled
 

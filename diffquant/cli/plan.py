@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from diffquant import forecast, loading
+from diffquant import forecast, loading, ranks
 from diffquant.cli import _layers, _options, _talk
 from diffquant.cli._arguments import ModelCommand, Prepared
 from diffquant.errors import UsageError
@@ -59,7 +59,7 @@ def COMMAND(prepared: Prepared, /, as_json: bool, memory: int | None, **values: 
     dry = replace(dry, device=replace(dry.device, memory=memory or dry.device.memory))
     drawn = forecast.canvas(_drawn(dry, values), dry.resolution.pipeline)
     ways = {mode: _forecast(dry, drawn, mode) for mode in _modes(dry)}
-    command = _command(prepared, values)
+    command = _command(prepared, values, dry.run.processes)
     if as_json:
         found = {text: reach.to_json() for text, reach in reaches.items()}
         click.echo(json.dumps({**_json(dry, ways, command), "lora": found}, indent=2))
@@ -71,7 +71,8 @@ def COMMAND(prepared: Prepared, /, as_json: bool, memory: int | None, **values: 
 
 def _told(dry: loading.DryRun) -> Iterator[str]:
     rules = ((f"rule {fired.rule}", fired.sentence) for fired in dry.resolution.fired)
-    yield _talk.facts([*rules, ("device", _device(dry))])
+    together = (("processes", line) for line in ranks.told(dry.run.processes))
+    yield _talk.facts([*rules, ("device", _device(dry)), *together])
     for name, plan in dry.plans.items():
         choices = {choice.path: choice for choice in dry.choices[name]}
         yield "\n".join([f"{name}: {loading.tally(plan, dry.choices[name])}", *_notes(plan)])
@@ -178,11 +179,13 @@ def _needed(dry: loading.DryRun, peaks: forecast.Forecast) -> tuple[int, int | N
     return peaks.device_peak_bytes, dry.device.memory
 
 
-def _command(prepared: Prepared, values: Mapping[str, Any]) -> str:
+def _command(prepared: Prepared, values: Mapping[str, Any], processes: int) -> str:
     """The generate command of the same words."""
     words = [word for word in _without(prepared.words, MEMORY) if word not in ONLY_HERE]
     prompt = () if values["prompt"] else ("--prompt", "red apple")
-    return shlex.join(["diffquant", "generate", *prompt, *words, *prepared.component_words])
+    start = (*ranks.launcher(processes), "-m") if processes > 1 else ()
+    told = ("diffquant", "generate", *prompt, *words, *prepared.component_words)
+    return shlex.join([*start, *told])
 
 
 def _without(words: Sequence[str], option: str) -> list[str]:

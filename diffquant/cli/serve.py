@@ -112,7 +112,9 @@ def COMMAND(prepared: Prepared, /, **values: Any) -> None:
     """
     _require_installed()
     model = _options.model_flags(values, prepared)
-    dry = loading.dry_run(model, _options.run_flags(values, prepared))
+    run = _options.run_flags(values, prepared)
+    _options.require_one_process(run, "serve")
+    dry = loading.dry_run(model, run)
     if not dry.device.present:
         raise UsageError(f"there is no {dry.device.name} here to draw on", hint="--device cpu")
     for text in (

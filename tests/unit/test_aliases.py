@@ -43,9 +43,14 @@ def _answered(entry: Flag, arguments: list[str]) -> bool:
     return arguments[0] in translation.notes[0] and arguments[0] not in translation.arguments
 
 
-def test_a_value_that_asks_for_more_than_one_device_is_refused() -> None:
-    with pytest.raises(UsageError, match="--num-gpus 2: diffquant runs on one device"):
-        translate(["--num-gpus", "2"])
+def test_a_value_that_asks_for_weights_in_parts_is_refused() -> None:
+    with pytest.raises(UsageError, match="--tp-size 2: every process holds all weights"):
+        translate(["--tp-size", "2"])
+
+
+def test_the_word_for_sequences_wins_over_that_for_devices() -> None:
+    pasted = ["--ulysses-degree", "2", "--num-gpus", "4"]
+    assert translate(pasted).arguments == ("--ulysses-degree", "4", "--ulysses-degree", "2")
 
 
 def test_a_switch_set_to_false_asks_for_nothing() -> None:

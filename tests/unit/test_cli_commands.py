@@ -22,7 +22,7 @@ GENERATE_OPTIONS = """
 --quantization-rank --nvfp4-nibbles --scale-layout --raw-fp8
 --save-quantized
 --device --dtype --numerics --kernel --strict --lora
---offload --offload-prefetch --resident-layers --compile
+--offload --offload-prefetch --resident-layers --compile --ulysses-degree
 --config --config-from-metadata
 --json
 """
@@ -84,7 +84,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         (["generate", "--width", "0"], "--width 0 is too small", "--width 1"),
         (["generate", "--numerics", "best"], "'best' is not one of", "generate --help"),
         (["plan", "--kernel", "cpu_fp9"], "no kernel is called 'cpu_fp9'", "cpu_fp8"),
-        (["generate", "--num-gpus", "2"], "diffquant runs on one device", "leave --num-gpus out"),
+        (["generate", "--ring-degree", "2"], "ring attention is not", "leave --ring-degree out"),
         (["inspect"], "missing argument 'SOURCE'", "inspect --help"),
         (["convert", "nothing"], "there is no command 'nothing'", "one of"),
     ],
