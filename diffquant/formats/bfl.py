@@ -26,6 +26,9 @@ from typing import Any
 
 from diffquant.errors import FormatError
 from diffquant.formats import Export, Format, Hints, Reading, StoredLayer, StoredPart, comfy
+from diffquant.formats._comfy_kinds import FP8_ENCODINGS, NIBBLES_HIGH, TILES
+from diffquant.formats._comfy_markers import MARKER, METADATA, Marker, metadata_layers
+from diffquant.formats._comfy_written import SPELLINGS
 from diffquant.formats._outgoing import (
     DENSE_SPELLING,
     Joined,
@@ -36,7 +39,6 @@ from diffquant.formats._outgoing import (
     spelled_layer,
 )
 from diffquant.formats._scales import scale_role
-from diffquant.formats.comfy import FP8_ENCODINGS, MARKER, METADATA, TILES, Marker
 from diffquant.headers import Header, Tensor
 from diffquant.plan import DENSE, ROW_MAJOR, Activation, Encoding, Layout, Plan, Role
 from diffquant.sources import Checkpoint
@@ -104,7 +106,7 @@ def _implied(header: Header) -> str | None:
 
 
 def _formats(header: Header) -> Iterator[tuple[str, str]]:
-    for name, said in comfy.metadata_layers(header).items():
+    for name, said in metadata_layers(header).items():
         yield name, said.get("format", "") if isinstance(said, Mapping) else str(said)
 
 
@@ -172,7 +174,7 @@ def _order(modern: bool, hints: Hints) -> tuple[Layout, Layout | None]:
     """Nibbles, and what scales are where their shape is the plain one."""
     nibbles = hints.nibbles or ("low" if modern else "high")
     scales = hints.scales or ("linear" if modern else "tiles")
-    codes = ROW_MAJOR if nibbles == "low" else comfy.NIBBLES_HIGH
+    codes = ROW_MAJOR if nibbles == "low" else NIBBLES_HIGH
     return codes, ROW_MAJOR if scales == "linear" else None
 
 
@@ -242,7 +244,7 @@ def _write(plan: Plan) -> Export:
 def _spelling(weight: Joined) -> Spelling | None:
     if weight.piece.encoding == DENSE:
         return DENSE_SPELLING
-    return comfy.SPELLINGS[NVFP4] if weight.piece.encoding == Encoding(NVFP4) else None
+    return SPELLINGS[NVFP4] if weight.piece.encoding == Encoding(NVFP4) else None
 
 
 FORMAT = Format(

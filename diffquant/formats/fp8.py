@@ -20,6 +20,7 @@ from typing import Any
 
 from diffquant.errors import FormatError
 from diffquant.formats import Export, Format, Hints, Outgoing, Reading, StoredLayer, StoredPart
+from diffquant.formats._comfy_kinds import FP8_ENCODINGS
 from diffquant.formats._outgoing import (
     BIAS,
     DENSE_SPELLING,
@@ -31,7 +32,6 @@ from diffquant.formats._outgoing import (
     spelled_layer,
 )
 from diffquant.formats._scales import scale_role
-from diffquant.formats.comfy import FP8_ENCODINGS
 from diffquant.headers import Header, Tensor
 from diffquant.plan import DENSE, Activation, Encoding, Plan, Role
 from diffquant.sources import Checkpoint

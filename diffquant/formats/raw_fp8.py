@@ -9,7 +9,7 @@ biases are often float8 too; those are cast back like any plain tensor.
 
 from diffquant.errors import FormatError
 from diffquant.formats import Format, Hints, Reading, StoredLayer, StoredPart
-from diffquant.formats.comfy import FP8_ENCODINGS
+from diffquant.formats._comfy_kinds import FP8_ENCODINGS
 from diffquant.formats.diffusers import TRACES, WIDE
 from diffquant.headers import Header, Tensor
 from diffquant.plan import Encoding, Role
