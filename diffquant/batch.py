@@ -21,6 +21,9 @@ from diffquant.run import OnStep, Request, fill, generate, read_metadata, record
 
 DIGITS = 10  # hexadecimal, of the digest in a name
 
+#: A pipeline's own complaints and an exhausted device are one line's misfortune alone.
+MISFORTUNES = (DiffquantError, ValueError, RuntimeError, OSError)
+
 State = Literal["drawn", "kept", "failed"]
 OnLine = Callable[["Line"], None]
 
@@ -95,9 +98,8 @@ def draw(
             request = fill(line.request, pipeline, defaults)
             result = recorded(generate(pipeline, request, on_step), flags=flags, report=report)
             paths = save(result, folder, name)
-        except (DiffquantError, ValueError, RuntimeError, OSError) as error:
-            # A pipeline's own complaints and an exhausted device are this line's misfortune alone.
-            yield Outcome(number=line.number, state="failed", error=_told(error))
+        except MISFORTUNES as error:
+            yield Outcome(number=line.number, state="failed", error=told(error))
             continue
         yield Outcome(number=line.number, state="drawn", paths=tuple(paths))
 
@@ -123,6 +125,13 @@ def finished(folder: Path, name: str, request: Request) -> tuple[Path, ...]:
     return ()
 
 
+def told(error: Exception) -> str:
+    """Why a line failed, as one line of text."""
+    if isinstance(error, DiffquantError) and error.hint:
+        return f"{error.what} (hint: {error.hint})"
+    return str(error) or type(error).__name__
+
+
 def _is_whole(path: Path) -> bool:
     try:
         return bool(read_metadata(path))
@@ -145,7 +154,7 @@ def _object(number: int, line: str, typed: Request) -> Line:
     except json.JSONDecodeError as error:
         return Line(number=number, fault=f"no JSON: {error.msg} at column {error.colno}")
     except DiffquantError as error:
-        return Line(number=number, fault=_told(error))
+        return Line(number=number, fault=told(error))
     return Line(number=number, request=request)
 
 
@@ -161,9 +170,3 @@ def _value(key: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, fits):
         raise RunError(f"{key} is {value!r}, {wanted[0].__name__} was needed")
     return value
-
-
-def _told(error: Exception) -> str:
-    if isinstance(error, DiffquantError) and error.hint:
-        return f"{error.what} (hint: {error.hint})"
-    return str(error) or type(error).__name__

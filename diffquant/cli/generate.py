@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from diffquant import loading, ranks, video
-from diffquant.cli import _options, _talk
+from diffquant.cli import _on_ray, _options, _talk
 from diffquant.cli._arguments import ModelCommand, Prepared
 from diffquant.errors import UsageError
 from diffquant.preset import for_model
@@ -20,7 +20,7 @@ from diffquant.resolve import ModelFlags
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from diffquant.batch import Outcome
+    from diffquant.batch import Line, Outcome
     from diffquant.run import Result
 
 OUTPUTS = "outputs"
@@ -35,6 +35,7 @@ NOT_AGAIN = frozenset({"pinned", "save_quantized"})
 @click.option(
     "--input-file", metavar="FILE", help="One request a line: .jsonl, or a text file of prompts."
 )
+@_options.options(_on_ray.OPTIONS)
 @click.option("--profile", metavar="DIR", help="Write a trace of the run and a table of layers.")
 @_options.options(_options.MODEL, _options.SAVE, _options.RUN, _options.SETTINGS)
 @_options.JSON
@@ -60,12 +61,13 @@ def COMMAND(
     again with --config-from-metadata.
     """
     _require_prompt(values["prompt"], input_file, output_file_name)
+    on_ray = _on_ray.is_asked_for_lines(values, input_file)
     model = _options.model_flags(values, prepared)
     run = _options.run_flags(values, prepared)
     is_first = _met(run, prepared, input_file).is_first
     # Everything that can be refused without torch is refused before the seconds torch needs.
     dry = loading.dry_run(model, run)
-    if not dry.device.present:
+    if not (dry.device.present or on_ray):
         raise UsageError(
             f"there is no {dry.device.name} here to draw on",
             hint=f"diffquant plan --device {dry.device.name} says what would happen there",
@@ -111,31 +113,68 @@ def _draw_lines(
     folder: Path,
     as_json: bool,
 ) -> int:
-    """Every line of a file with one loaded pipeline; 1 when a line could not be drawn."""
+    """Every line of a file; 1 when a line could not be drawn."""
     _talk.quiet()
     from diffquant import batch, run
 
     lines = batch.read(file, run.Request(**_options.given(run.Request, values)))
+    folder.mkdir(parents=True, exist_ok=True)
     counted: Counter[str] = Counter()
+    draws = _drawn_here if values["engine"] == _on_ray.LOCAL else _drawn_on_ray
     with _talk.progress() as bars:
-        pipeline, report = _loaded(dry, model, bars)
-        preset = for_model(*dry.resolution.model_names)
-        folder.mkdir(parents=True, exist_ok=True)
         task = bars.add_task("lines", total=len(lines))
-        with _profiled(values["profile"], pipeline, report):
-            for outcome in batch.draw(
-                pipeline,
-                lines,
-                folder,
-                defaults=preset.defaults if preset else {},
-                flags=_flags(model, dry.run),
-                report=report.to_json(),
-            ):
-                counted[outcome.state] += 1
-                bars.update(task, advance=1)
-                _tell_outcome(outcome, as_json)
+        for outcome in draws(dry, model, values, lines, folder, bars):
+            counted[outcome.state] += 1
+            bars.update(task, advance=1)
+            _tell_outcome(outcome, as_json)
     _talk.say(", ".join(f"{counted[state]} {state}" for state in get_args(batch.State)))
     return 1 if counted["failed"] else 0
+
+
+def _drawn_here(
+    dry: loading.DryRun,
+    model: ModelFlags,
+    values: Mapping[str, Any],
+    lines: "tuple[Line, ...]",
+    folder: Path,
+    bars: "Progress",
+) -> "Iterator[Outcome]":
+    """Outcomes of the lines, drawn with one loaded pipeline."""
+    from diffquant import batch
+
+    pipeline, report = _loaded(dry, model, bars)
+    with _profiled(values["profile"], pipeline, report):
+        yield from batch.draw(
+            pipeline,
+            lines,
+            folder,
+            defaults=_defaults(dry),
+            flags=_flags(model, dry.run),
+            report=report.to_json(),
+        )
+
+
+def _drawn_on_ray(
+    dry: loading.DryRun,
+    model: ModelFlags,
+    values: Mapping[str, Any],
+    lines: "tuple[Line, ...]",
+    folder: Path,
+    bars: "Progress",
+) -> "Iterator[Outcome]":
+    """Outcomes of the lines, drawn by pipelines all over a cluster."""
+    commission = {
+        "model": model,
+        "run": dry.run,
+        "defaults": _defaults(dry),
+        "flags": _flags(model, dry.run),
+    }
+    return _on_ray.drawn(lines, folder, dry, values=values, commission=commission)
+
+
+def _defaults(dry: loading.DryRun) -> Mapping[str, Any]:
+    preset = for_model(*dry.resolution.model_names)
+    return preset.defaults if preset else {}
 
 
 def _tell_outcome(outcome: "Outcome", as_json: bool) -> None:

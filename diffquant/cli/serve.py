@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from diffquant import loading
-from diffquant.cli import _options, _talk
+from diffquant.cli import _on_ray, _options, _talk
 from diffquant.cli._arguments import ModelCommand, Prepared
 from diffquant.device import probe_all
 from diffquant.errors import UsageError
@@ -97,7 +97,9 @@ ONLY_SERVING = (
 
 
 @click.command(cls=ModelCommand, short_help="Put a pipeline behind HTTP.")
-@_options.options(ONLY_SERVING, _options.MODEL, _options.RUN, _options.SETTINGS)
+@_options.options(
+    ONLY_SERVING, _on_ray.OPTIONS, _on_ray.SERVING, _options.MODEL, _options.RUN, _options.SETTINGS
+)
 @click.pass_obj
 def COMMAND(prepared: Prepared, /, **values: Any) -> None:
     """Serve a pipeline to openai's clients, and to a browser at `/`.
@@ -111,11 +113,12 @@ def COMMAND(prepared: Prepared, /, **values: Any) -> None:
     SIGTERM takes nothing new and finishes what is here.
     """
     _require_installed()
+    on_ray = _on_ray.is_asked_to_serve(values)
     model = _options.model_flags(values, prepared)
     run = _options.run_flags(values, prepared)
     _options.require_one_process(run, "serve")
     dry = loading.dry_run(model, run)
-    if not dry.device.present:
+    if not (dry.device.present or on_ray):
         raise UsageError(f"there is no {dry.device.name} here to draw on", hint="--device cpu")
     for text in (
         *prepared.notes,
@@ -123,7 +126,9 @@ def COMMAND(prepared: Prepared, /, **values: Any) -> None:
     ):
         _talk.note(text)
     _talk.quiet()
-    if values["workers"] > 1:
+    if on_ray:
+        _serve_on_ray(model, dry, values)
+    elif values["workers"] > 1:
         _supervise(prepared, values)
     else:
         _serve(model, dry, values)
@@ -133,7 +138,7 @@ def _supervise(prepared: Prepared, values: Mapping[str, Any]) -> None:
     """The same command once per worker."""
     from diffquant.serve.workers import Worker, answers, supervise, workers
 
-    _settings(values).require_safe()
+    _settings(values)
     cuda = [each for each in probe_all() if each.kind == "cuda"]
     wanted = workers(values["workers"], values["port"], len(cuda))
     words = ["serve", *prepared.words, *prepared.component_words]
@@ -156,10 +161,7 @@ def _serve(model: ModelFlags, dry: loading.DryRun, values: Mapping[str, Any]) ->
     from diffquant.serve.engine import Engine
     from diffquant.serve.service import Service
 
-    if (values["ssl_keyfile"] is None) != (values["ssl_certfile"] is None):
-        raise UsageError("--ssl-keyfile and --ssl-certfile belong together")
     settings = _settings(values)
-    settings.require_safe()
     _talk.quiet_bars()
     logs.start(values["log_format"])
     compares = bool(values["reference"])
@@ -186,6 +188,18 @@ def _serve(model: ModelFlags, dry: loading.DryRun, values: Mapping[str, Any]) ->
     if failures:
         raise failures[0]
     _talk.say("stopped")
+
+
+def _serve_on_ray(model: ModelFlags, dry: loading.DryRun, values: Mapping[str, Any]) -> None:
+    """The same pipeline in every replica, each finding out on its own machine what it runs there."""
+    settings = _settings(values)
+    _on_ray.serve(
+        settings,
+        values=values,
+        model=_name(dry, values),
+        address=_address((settings.host.strip("[]"), settings.port), values),
+        resolve=partial(_switched, model, dry.run, bool(values["reference"])),
+    )
 
 
 def _origin(model: ModelFlags, dry: loading.DryRun, compares: bool = False) -> "Origin":
@@ -219,9 +233,14 @@ def _switched(
 
 
 def _settings(values: Mapping[str, Any]) -> "Settings":
+    """Raises UsageError where they would let others in, or are half a certificate."""
     from diffquant.serve.settings import Settings
 
-    return Settings(**_options.given(Settings, values))
+    if (values["ssl_keyfile"] is None) != (values["ssl_certfile"] is None):
+        raise UsageError("--ssl-keyfile and --ssl-certfile belong together")
+    settings = Settings(**_options.given(Settings, values))
+    settings.require_safe()
+    return settings
 
 
 def _name(dry: loading.DryRun, values: Mapping[str, Any]) -> str:

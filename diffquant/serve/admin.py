@@ -41,6 +41,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/model", summary="Another override or other LoRAs, between two requests")
     async def model(body: Switch) -> dict[str, Any]:
         _require_key(service)
+        service.require_alone("a switch reaches one process", "serve again with the other model")
         if service.resolve is None:
             raise Refused(501, "this server was not started from the command line")
         if not body.model_fields_set:

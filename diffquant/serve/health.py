@@ -30,6 +30,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/metrics", summary="For Prometheus")
     async def metrics() -> Response:
+        service.require_alone("these are one process's numbers", "Ray exports all of theirs")
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return routes

@@ -44,6 +44,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/{job}/content", summary="A picture whose address was asked for")
     async def content(job: str, variant: int = 0) -> Response:
+        service.require_alone("a picture's url leads to who drew it", "leave response_format out")
         picture = service.shelf.find(job, variant)
         if picture is None:
             raise Refused(
@@ -56,6 +57,8 @@ def router(service: Service) -> APIRouter:
 
 async def answered(service: Service, job: Job, delivery: Delivery, request: Request) -> Response:
     """Puts the job into the line, and brings its pictures at once or step by step."""
+    if delivery.as_url:
+        service.require_alone("a picture's url leads to who drew it", "leave response_format out")
     if delivery.stream:
         return _streamed(service, job, delivery)
     service.line.join(job)

@@ -83,7 +83,9 @@ class Line:
         return self._is_open
 
     def start(self) -> None:
-        self._thread.start()
+        """Begin to load, unless that has begun."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def join(self, job: Job) -> None:
         """Put the job at the end. Raises Refused: 503 while nothing is drawn, 429 when full."""

@@ -11,7 +11,7 @@ from diffquant.serve.jobs import Job
 from diffquant.serve.line import Line
 from diffquant.serve.metrics import Metrics
 from diffquant.serve.pictures import Shelf
-from diffquant.serve.refusals import Refused
+from diffquant.serve.refusals import FINAL, Refused
 from diffquant.serve.settings import Settings
 
 
@@ -84,7 +84,20 @@ class Service:
                 "running": self.line.running is not None,
             },
             "timeout": self.settings.timeout,
+            "replicas": self.settings.shared_by,
         }
+
+    def require_alone(self, what: str, instead: str) -> None:
+        """Raises Refused, 501, for what only one of several replicas could answer: the next request
+        may meet another one, which would deny what it never knew."""
+        if self.settings.shared_by > 1:
+            raise Refused(
+                501,
+                f"{what}, and the next request may meet another of {self.settings.shared_by} "
+                f"replicas: {instead}",
+                code="several_replicas",
+                headers=FINAL,
+            )
 
     def _ended(self, job: Job, waited: float, drew: float) -> None:
         self.metrics.ended(job, waited, drew)

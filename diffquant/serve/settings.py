@@ -36,6 +36,7 @@ class Settings:
     timeout      seconds from a request's arrival to its picture
     idle_unload  seconds without a job after which the model is let go; None: never
     drain        seconds that running and waiting jobs get after SIGTERM
+    shared_by    the most servers behind this address; a job is known to the one that took it
     """
 
     host: str = "127.0.0.1"
@@ -47,6 +48,7 @@ class Settings:
     timeout: float = 600.0
     idle_unload: float | None = None
     drain: float = 60.0
+    shared_by: int = 1
     limits: Limits = field(default_factory=Limits)
 
     @property

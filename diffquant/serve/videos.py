@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 from PIL import Image
 from pydantic import ValidationError
@@ -116,7 +116,14 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v1/videos", tags=["videos"])
     clips = Clips(service)
 
-    @routes.post("", summary="Ask for a video", openapi_extra=_BODY)
+    def alone() -> None:
+        service.require_alone(
+            "a video asked for now is held by who draws it", "POST /v1/videos/sync"
+        )
+
+    later = [Depends(alone)]
+
+    @routes.post("", dependencies=later, summary="Ask for a video", openapi_extra=_BODY)
     async def create(request: Request) -> dict[str, Any]:
         return clips.add(await _job(service, request)).to_json(service.model)
 
@@ -132,7 +139,7 @@ def router(service: Service) -> APIRouter:
             data, media_type=kind, headers={**told, "X-Inference-Time-S": f"{result.seconds:.3f}"}
         )
 
-    @routes.get("", summary="The latest videos")
+    @routes.get("", dependencies=later, summary="The latest videos")
     async def listed(
         after: str | None = None,
         limit: int = Query(20, ge=1, le=100),
@@ -147,15 +154,21 @@ def router(service: Service) -> APIRouter:
             "last_id": page[-1].id if page else None,
         }
 
-    @routes.get("/{name}", summary="Where a video stands")
+    @routes.get("/{name}", dependencies=later, summary="Where a video stands")
     async def one(name: str) -> dict[str, Any]:
         return clips.find(name).to_json(service.model)
 
-    @routes.delete("/{name}", summary="Stop a video at its next step and forget it")
+    @routes.delete(
+        "/{name}", dependencies=later, summary="Stop a video at its next step and forget it"
+    )
     async def remove(name: str) -> dict[str, Any]:
         return {"id": clips.remove(name).id, "object": "video.deleted", "deleted": True}
 
-    @routes.get("/{name}/content", summary="The video, its first frame, or a sheet of frames")
+    @routes.get(
+        "/{name}/content",
+        dependencies=later,
+        summary="The video, its first frame, or a sheet of frames",
+    )
     async def content(name: str, variant: Variant = "video") -> Response:
         clip = clips.find(name)
         if clip.files is None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 
 from diffquant.serve.refusals import Refused
 from diffquant.serve.service import Service
@@ -10,7 +10,13 @@ from diffquant.serve.service import Service
 
 def router(service: Service) -> APIRouter:
     """The routes of jobs, by their id or by the X-Request-Id of who asked."""
-    routes = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+    def alone() -> None:
+        service.require_alone(
+            "a job is known to who draws it", "closing the connection stops a request"
+        )
+
+    routes = APIRouter(prefix="/v1/jobs", tags=["jobs"], dependencies=[Depends(alone)])
 
     @routes.get("/{name}", summary="Where a request stands: state, step, position")
     async def job(name: str) -> dict[str, Any]:

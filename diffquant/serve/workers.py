@@ -65,7 +65,7 @@ def supervise(
     tell: Callable[[str], None],
 ) -> None:
     """Runs until a signal, which every worker gets too. Raises RunError where one never got ready."""
-    with _stopping() as stopped:
+    with stopping() as stopped:
         running = {worker: start(worker) for worker in wanted}
         ready: set[Worker] = set()
         try:
@@ -109,7 +109,7 @@ def _again(
 
 
 @contextmanager
-def _stopping() -> Iterator[Callable[[], bool]]:
+def stopping() -> Iterator[Callable[[], bool]]:
     """Whether a signal came, in place of what signals did before."""
     came: list[int] = []
 
