@@ -22,6 +22,24 @@ Multiply = Callable[[Tensor, Mapping[Role, Tensor]], Tensor]
 FOLLOWING = frozenset({Role.SMOOTH, Role.LOWRANK_UP, Role.LOWRANK_DOWN})
 
 
+Parts = Mapping[Role, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What a kernel does to a piece beyond its product.
+
+    fuses    roles of `FOLLOWING` that `multiply` applies itself
+    restore  parts as the kernel holds them -> canonical ones; None: they are
+    """
+
+    fuses: frozenset[Role] = frozenset()
+    restore: Callable[[Parts], dict[Role, Tensor]] | None = None
+
+
+ORDINARY = Holding()
+
+
 @dataclass(frozen=True, slots=True)
 class Term:
     """One piece at work: where it reads and writes, and how it multiplies."""
@@ -29,14 +47,16 @@ class Term:
     piece: Piece
     names: Mapping[Role, str]
     multiply: Multiply
+    holding: Holding = ORDINARY
 
 
 class QuantLinear(nn.Linear):
     """y = x Wᵀ + b by the plan's equation, W encoded; x [..., K], y [..., N].
 
     layer     the plan's layer
-    parts     canonical parts of each piece, on one device
+    parts     of each piece, on one device; canonical, or as its kernel holds them
     multiply  one product per piece (a kernel's `build`)
+    holdings  one per piece; none: all ordinary
     bias      [N] or None, already summed over the pieces
     dtype     of the model around it
     float32   a kernel returns float32 sums: pieces and bias join them before the one rounding
@@ -51,15 +71,16 @@ class QuantLinear(nn.Linear):
         bias: Tensor | None,
         dtype: torch.dtype,
         float32: bool = False,
+        holdings: Sequence[Holding] = (),
     ) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = layer.shape_NK
         self.layer = layer
         self.float32 = float32
         self.terms = tuple(
-            Term(piece, self._hold(index, held, dtype), product)
-            for index, (piece, held, product) in enumerate(
-                zip(layer.pieces, parts, multiply, strict=True)
+            Term(piece, self._hold(index, held, dtype), product, holding)
+            for index, (piece, held, product, holding) in enumerate(
+                zip(layer.pieces, parts, multiply, holdings or [ORDINARY] * len(parts), strict=True)
             )
         )
         device = next(iter(parts[0].values())).device
@@ -84,7 +105,11 @@ class QuantLinear(nn.Linear):
         return y_MN.reshape(*input.shape[:-1], self.out_features)
 
     def parts(self, index: int) -> dict[Role, Tensor]:
-        """The canonical parts of piece `index`, as they lie on the device now."""
+        """The canonical parts of piece `index`, on the device where they lie now."""
+        restore = self.terms[index].holding.restore
+        return self._held(index) if restore is None else restore(self._held(index))
+
+    def _held(self, index: int) -> dict[Role, Tensor]:
         return {role: self.get_buffer(name) for role, name in self.terms[index].names.items()}
 
     def extra_repr(self) -> str:
@@ -107,12 +132,15 @@ class QuantLinear(nn.Linear):
         """What piece `index` reads: its columns, shifted and smoothed in the model's dtype."""
         piece = self.terms[index].piece
         raw = self._columns(piece, rows_MK)
-        return _smoothed(raw + piece.shift if piece.shift else raw, piece, self.parts(index))
+        shifted = raw + piece.shift if piece.shift else raw
+        if Role.SMOOTH in self.terms[index].holding.fuses:
+            return shifted
+        return _smoothed(shifted, piece, self._held(index))
 
     def _product(self, smoothed: Sequence[Tensor]) -> Tensor:
         """The products of all pieces, without bias and low rank."""
         products = [
-            term.multiply(rotated(h_MK, term.piece.rotation), self.parts(index))
+            term.multiply(rotated(h_MK, term.piece.rotation), self._held(index))
             for index, (term, h_MK) in enumerate(zip(self.terms, smoothed, strict=True))
         ]
         if len(products) == 1:
@@ -127,8 +155,8 @@ class QuantLinear(nn.Linear):
         """Adds the low-rank branches, which ModelOpt computes beside the finished linear: with its two
         roundings where the reference runs, in one step and one rounding where speed counts."""
         for index, (term, h_MK) in enumerate(zip(self.terms, smoothed, strict=True)):
-            piece, parts = term.piece, self.parts(index)
-            if piece.lowrank_input is None:
+            piece, parts = term.piece, self._held(index)
+            if piece.lowrank_input is None or Role.LOWRANK_UP in term.holding.fuses:
                 continue
             low = self._columns(piece, rows_MK) if piece.lowrank_input == "raw" else h_MK
             down, up = (parts[role].to(low.dtype) for role in (Role.LOWRANK_DOWN, Role.LOWRANK_UP))

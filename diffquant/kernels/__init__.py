@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from diffquant.device import Device
 from diffquant.errors import KernelError
-from diffquant.plan import DENSE, Activation, Encoding, LayerPlan, Piece, Role
+from diffquant.plan import DENSE, ROW_MAJOR, Activation, Encoding, LayerPlan, Piece, Role
 from diffquant.plugins import Registry
 
 if TYPE_CHECKING:
@@ -44,12 +44,15 @@ class Spec:
     shape_NK    of the canonical weight; parts are in canonical order (see `plan.Role`)
     roles       the parts there are
     activation  how to quantize the input, None for weight-only arithmetic
+    layout      the order in which the file stores the codes; kernels get canonical rows all the same,
+                unless they `prepare` another order
     """
 
     encoding: Encoding
     shape_NK: tuple[int, int]
     roles: frozenset[Role]
     activation: Activation | None = None
+    layout: str = ROW_MAJOR.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +62,9 @@ class Needs:
     encodings    names of encodings
     scales       weight-scale roles it can apply; the piece's must be among them
     activations  canonical activation strings it quantizes itself; "none" is weight-only, "any" all
+    layouts      orders in which a file may store the codes
     devices      cpu, cuda, rocm, mps …;  sm: half-open range of compute capabilities such as 89..121
+    without_sm   half-open range inside `sm` for which the kernel was not built
     multiple_of_N, multiple_of_K   shape constraints
     packages     distributions that must be installed on the device's machine
     """
@@ -68,8 +73,10 @@ class Needs:
     options: frozenset[str] | None = None
     scales: frozenset[Role] = frozenset()
     activations: frozenset[str] = frozenset({WEIGHT_ONLY})
+    layouts: frozenset[str] = frozenset()
     devices: frozenset[str] = frozenset()
     sm: tuple[int, int] | None = None
+    without_sm: tuple[int, int] | None = None
     multiple_of_N: int = 1
     multiple_of_K: int = 1
     packages: tuple[str, ...] = ()
@@ -81,7 +88,10 @@ class Kernel:
 
     rank       lower is tried first among those whose needs hold
     build      Spec -> multiply(x [M, K], parts) -> [M, N]; imports vendors inside; no bias
-    prepare    canonical parts -> extra tensors for `multiply` on this device (repacks), or None
+    fuses      roles that `multiply` takes over from `linear.py`: smoothing, low rank
+    prepare    canonical parts -> the same parts in the order that `multiply` reads, on their way to
+               the device; None: as they are
+    restore    the way back, bit by bit
     float32    `multiply` returns its float32 sum, so that the bias joins it before the one rounding
     opt_in     only runs when named by --kernel
     identical  name of a group of kernels that give bit-identical results
@@ -91,7 +101,9 @@ class Kernel:
     rank: int
     needs: Needs
     build: "Callable[[Spec], Multiply]"
-    prepare: "Callable[[Parts, Spec], dict[str, Tensor]] | None" = None
+    fuses: frozenset[Role] = frozenset()
+    prepare: "Callable[[Parts, Spec], dict[Role, Tensor]] | None" = None
+    restore: "Callable[[Parts, Spec], dict[Role, Tensor]] | None" = None
     float32: bool = False
     opt_in: bool = False
     identical: str | None = None
@@ -165,18 +177,30 @@ def choose(
 
 def refusal(kernel: Kernel, spec: Spec, device: Device) -> str | None:
     """Why the kernel may not run such a piece on the device; None when it may."""
-    for check in (_refuses_numbers, _refuses_device, _refuses_shape, _refuses_packages):
+    checks = (_refuses_numbers, _refuses_layout, _refuses_device, _refuses_shape)
+    for check in (*checks, _refuses_packages):
         reason = check(kernel.needs, spec, device)
         if reason is not None:
             return reason
     return None
 
 
-def spec_of(piece: Piece, activation: Activation | None) -> Spec:
-    """The kernel's view of a piece whose input is quantized by `activation` (None: not at all)."""
-    roles = (piece.roles if piece.recode is None else piece.recode.roles) & KERNEL_ROLES
-    shape = (len(piece.out), len(piece.cols))
-    return Spec(encoding=piece.runs_as, shape_NK=shape, roles=roles, activation=activation)
+def spec_of(
+    piece: Piece, activation: Activation | None, fuses: frozenset[Role] = frozenset()
+) -> Spec:
+    """The kernel's view of a piece whose input is quantized by `activation` (None: not at all).
+
+    fuses  what the kernel sees besides its own roles
+    """
+    held = piece.roles if piece.recode is None else piece.recode.roles
+    codes = None if piece.recode is not None else piece.part(Role.CODES)
+    return Spec(
+        encoding=piece.runs_as,
+        shape_NK=(len(piece.out), len(piece.cols)),
+        roles=held & (KERNEL_ROLES | fuses),
+        activation=activation,
+        layout=(ROW_MAJOR if codes is None else codes.layout).name,
+    )
 
 
 def wanted(piece: Piece) -> Activation | None:
@@ -212,9 +236,9 @@ def _ways(piece: Piece, kernel: Kernel, numerics: Numerics) -> list[Spec]:
     ways = []
     emulates = ANY_ACTIVATION in kernel.needs.activations
     if asked is not None and numerics != "weight-only" and not (emulates and numerics == "auto"):
-        ways.append(spec_of(piece, asked))
+        ways.append(spec_of(piece, asked, kernel.fuses))
     if asked is None or numerics != "faithful":
-        ways.append(spec_of(piece, None))
+        ways.append(spec_of(piece, None, kernel.fuses))
     # A kernel that only multiplies quantized activations has no weight-only way.
     weight_only = WEIGHT_ONLY in kernel.needs.activations
     return [way for way in ways if way.activation is not None or weight_only] or ways[:1]
@@ -270,6 +294,12 @@ def _refuses_numbers(needs: Needs, spec: Spec, device: Device) -> str | None:
     return None
 
 
+def _refuses_layout(needs: Needs, spec: Spec, device: Device) -> str | None:
+    if needs.layouts and spec.layout not in needs.layouts:
+        return f"reads weights stored as {_listed(needs.layouts)}, these are {spec.layout}"
+    return None
+
+
 def _refuses_device(needs: Needs, spec: Spec, device: Device) -> str | None:
     if needs.devices and device.kind not in needs.devices:
         return f"needs {_listed(needs.devices)}, this is {device.kind}"
@@ -277,6 +307,9 @@ def _refuses_device(needs: Needs, spec: Spec, device: Device) -> str | None:
         low, high = needs.sm
         if not low <= device.sm < high:
             return f"needs sm{low} to sm{high - 1}, this is sm{device.sm}"
+        low, high = needs.without_sm or (0, 0)
+        if low <= device.sm < high:
+            return f"is not built for sm{low} to sm{high - 1}, this is sm{device.sm}"
     return None
 
 

@@ -1,8 +1,7 @@
 """Before anything is served: one layer per encoding through the real kernel, beside `reference`."""
 
-import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,13 +78,15 @@ def relative_error(layer: QuantLinear, activations: tuple[Any, ...]) -> float:
 def _referenced(layer: QuantLinear, activations: tuple[Any, ...]) -> QuantLinear:
     """The layer with the same parts and the reference kernel."""
     build = KERNELS.load("reference").build
-    twin = copy.copy(layer)
-    twin.terms = tuple(
-        replace(term, multiply=build(spec_of(term.piece, activation)))
-        for term, activation in zip(layer.terms, activations, strict=True)
+    pieces = layer.layer.pieces
+    return QuantLinear(
+        layer.layer,
+        [layer.parts(index) for index in range(len(pieces))],
+        [build(spec_of(*each)) for each in zip(pieces, activations, strict=True)],
+        bias=layer.bias,
+        dtype=layer.weight.dtype,
+        float32=True,
     )
-    twin.float32 = True
-    return twin
 
 
 def _samples(
