@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from diffquant import exporting, headers, online, planner, sources
 from diffquant.errors import FormatError
+from diffquant.exporting import _arranging
 from diffquant.families import Inventory
 from diffquant.pieces import canonical
 from diffquant.plan import ROW_MAJOR, LayerPlan, Piece, Plan, Question, Role
@@ -167,4 +168,4 @@ def test_blocks_of_rows_are_joined_only_where_they_end_with_the_layers(tmp_path:
     assert exporting.prepare(plan, "comfy").total_size
     held = [torch.ones(2, 1), torch.ones(2, 1)]
     with pytest.raises(FormatError, match="across their blocks of rows"):
-        exporting._blocks(held, [192, 191], [(), ()], "qkv")
+        _arranging.joined_blocks(held, [192, 191], [(), ()], "qkv")
