@@ -63,6 +63,8 @@ def _values(plan: Plan) -> Iterator[Problem]:
         for piece in layer.pieces:
             for part in piece.parts:
                 stored = weights.tensor(part.ref.file, part.ref.name)
+                if part.role is Role.CODES and ENCODINGS.load(piece.encoding.name).scales_inside:
+                    yield from _scales_inside(piece, part, weights)
                 if not stored.is_floating_point():
                     continue
                 finite = torch.isfinite(stored.float())
@@ -71,6 +73,17 @@ def _values(plan: Plan) -> Iterator[Problem]:
                     yield Problem(part.ref.name, f"holds {bad} values that are not finite")
                 if part.role is Role.TENSOR_SCALE and bool((stored < 0).any()):
                     yield Problem(part.ref.name, "is a negative scale")
+
+
+def _scales_inside(piece: Piece, part: Part, weights: object) -> Iterator[Problem]:
+    """Any bytes are codes; what the scales among them are worth shows in the weight."""
+    from diffquant.pieces import canonical, decoded
+    from diffquant.tensors import Weights
+
+    assert isinstance(weights, Weights)
+    finite = decoded(piece, canonical(piece, weights)).isfinite()
+    if bad := int(finite.numel() - finite.sum()):
+        yield Problem(part.ref.name, f"decodes to {bad} values that are not finite")
 
 
 def _is_zero_layer(piece: Piece, weights: object) -> bool:

@@ -40,10 +40,11 @@ class Recipe:
 class Codec:
     """One encoding.
 
-    bits          stored bits per weight, scales not counted
+    bits          stored bits per weight; scales count where they lie among the codes
     scales        the sets of weight-side scale roles that are complete; a piece must hold one whole
                   set, or loading stops: a missing scale is never 1.0
     waived        "option=value" -> scale roles that are not needed where the encoding says so
+    scales_inside scales lie among the codes, in one tensor
     optional      other weight-side roles it understands (zero_point, codebook, correction …)
     code_dtypes   safetensors dtypes its codes are stored in
     decode(parts, encoding, shape_NK) -> float32 [N, K]
@@ -56,6 +57,7 @@ class Codec:
     waived: Mapping[str, frozenset[Role]] = field(default_factory=dict)
     optional: frozenset[Role] = frozenset()
     group: int | None = None
+    scales_inside: bool = False
     decode: "Callable[[Parts, Encoding, tuple[int, int]], Tensor]"
     encode: "Callable[[Tensor, Encoding, Recipe], dict[Role, Tensor]] | None" = None
 

@@ -78,6 +78,7 @@ def codec(dtype: str, read: "Read", write: "Write | None" = None) -> Codec:
     return Codec(
         bits=8 * width / values,
         scales=(frozenset(),),
+        scales_inside=True,
         code_dtypes=frozenset({dtype}),
         decode=decode,
         encode=None if write is None else encode,

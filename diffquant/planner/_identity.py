@@ -1,10 +1,10 @@
 """Which format a file is of, by its own proof, and which family and class its module is of."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from diffquant.errors import FormatError
-from diffquant.families import FAMILIES, Naming
+from diffquant.families import FAMILIES, Family, Naming
 from diffquant.formats import FORMATS, NO_HINTS, Hints
 from diffquant.formats.diffusers import trace
 from diffquant.headers import Header
@@ -66,18 +66,43 @@ def class_of(config: Mapping[str, Any]) -> str | None:
 
 
 def _family_by_names(header: Header) -> str:
-    best, best_hits = "generic", 0
-    for name, family in FAMILIES.load_all().items():
-        hits = max((_hits(header, naming) for naming in family.namings.values()), default=0)
-        if hits > best_hits:
-            best, best_hits = name, hits
-    return best
+    """The family whose names most stored ones are: by the rules of a naming or, where those say
+    little since it spells modules as diffusers does, by the class whose shapes these could be."""
+    families = FAMILIES.load_all()
+    stored = {module(name) for name in header.tensors}
+    scores = {
+        name: max((_hits(stored, naming) for naming in family.namings.values()), default=0)
+        for name, family in families.items()
+    }
+    if 2 * max(scores.values()) < len(stored):
+        for name, family in families.items():
+            scores[name] = max(scores[name], _owned(header, family))
+    best = max(scores, key=scores.__getitem__)
+    return best if scores[best] else "generic"
 
 
-def _hits(header: Header, naming: Naming) -> int:
+def _hits(stored: Set[str], naming: Naming) -> int:
     """How many stored modules a rule of the naming (not its fall-through) covers."""
-    modules = {module(name) for name in header.tensors}
     return max(
-        sum(renamed(naming, name[len(prefix) :]) for name in modules if name.startswith(prefix))
+        sum(renamed(naming, name[len(prefix) :]) for name in stored if name.startswith(prefix))
         for prefix in PREFIXES
     )
+
+
+def _owned(header: Header, family: Family) -> int:
+    """How many stored modules are those of the class whose config the stored shapes tell."""
+    best = 0
+    for prefix in PREFIXES:
+        shapes = {
+            name[len(prefix) :]: tensor.shape
+            for name, tensor in header.tensors.items()
+            if name.startswith(prefix)
+        }
+        try:
+            config = family.config_from(shapes) if family.config_from and shapes else None
+        except (LookupError, ValueError, ArithmeticError):
+            continue  # shapes of something else
+        if config:
+            known = {module(name) for name in family.inventory(config).shapes}
+            best = max(best, len(known & {module(name) for name in shapes}))
+    return best

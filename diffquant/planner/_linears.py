@@ -129,7 +129,7 @@ class Linears:
 
     def _place_elsewhere(self, layer: StoredLayer, rule: Rule | None) -> None:
         """A quantized convolution or table is decoded while loading; anything else has no owner."""
-        if rule is None or f"{rule.rows[0]}.weight" not in self.modules.inventory.shapes:
+        if rule is None or self.modules.weight_of(rule.rows[0]) is None:
             self.problems.unowned(layer.name, rule)
             return
         self.encoded.append((layer, rule))

@@ -37,6 +37,11 @@ class Modules:
         n, *rest = self.inventory.shapes[f"{path}.weight"]
         return n, prod(rest)
 
+    def weight_of(self, row: str) -> str | None:
+        """The parameter an encoded tensor of that name gives: a lone one, or the module's weight."""
+        names = (name for name in (row, f"{row}.weight") if name in self.inventory.shapes)
+        return next(names, None)
+
 
 def modules_of(
     header: Header,

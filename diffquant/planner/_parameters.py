@@ -71,7 +71,8 @@ class Parameters:
         )
 
     def _stored_encoded(self, layer: StoredLayer, rule: Rule) -> Plain:
-        parameter = f"{rule.rows[0]}.weight"
+        parameter = self.modules.weight_of(rule.rows[0])
+        assert parameter is not None, "only weights that have a place are brought here"
         shape = self.modules.inventory.shapes[parameter]
         if prod(layer.stored_NK) != prod(shape):
             what = f"stores {list(layer.stored_NK)}, {parameter!r} needs {list(shape)}"
