@@ -34,13 +34,15 @@ def planned(folder: Path) -> tuple[Plan, Weights]:
 
 
 def recipe(piece: Piece, held: dict[Role, Tensor]) -> Recipe:
-    group = ENCODINGS.load(piece.encoding.name).group
     if Role.BLOCK_SCALE not in held:
         grain = "channel" if Role.CHANNEL_SCALE in held else "tensor"
         return Recipe(granularity=grain, scale=held.get(Role.TENSOR_SCALE))  # type: ignore[arg-type]
-    if group is None:
+    if len(held[Role.BLOCK_SCALE]) != len(held[Role.CODES]):
         return Recipe(granularity="block", group=128)
-    return Recipe(granularity="group", group=group, scale=held.get(Role.TENSOR_SCALE))
+    group = len(piece.cols) // held[Role.BLOCK_SCALE].shape[-1]
+    # The tensor scale of W4A8 is that of the decoded weight in FP8.
+    outer = held.get(Role.TENSOR_SCALE) if piece.encoding.name == "nvfp4" else None
+    return Recipe(granularity="group", group=group, scale=outer)
 
 
 def original(layer: LayerPlan, weights: Weights, held: dict[Role, Tensor], wide: bool) -> Tensor:
