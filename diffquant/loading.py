@@ -28,7 +28,7 @@ from diffquant.device import Device
 from diffquant.errors import UsageError
 from diffquant.families import FAMILIES, Inventory
 from diffquant.formats import NO_HINTS, Hints
-from diffquant.kernels import Choice, Numerics, choose, wanted
+from diffquant.kernels import WITHOUT_FLOAT8, Choice, Numerics, choose, wanted
 from diffquant.plan import DENSE, LayerPlan, Plan, Problem
 from diffquant.residence import MODES, Mode, Residence
 from diffquant.resolve import ComponentSource, ModelFlags, Resolution
@@ -395,8 +395,10 @@ def build(
             on_progress(component, done, total)
 
     home = place if dry.residence.mode == "none" else torch.device("cpu")
+    # Quantizing rounds to float8, which not every device has.
+    workshop = torch.device("cpu") if dry.device.kind in WITHOUT_FLOAT8 else place
     return materialize(
-        settled, choices, device=home, dtype=dtype, workshop=place, keep=keep, on_layer=told
+        settled, choices, device=home, dtype=dtype, workshop=workshop, keep=keep, on_layer=told
     )
 
 

@@ -33,6 +33,9 @@ SCALE_ROLES = frozenset(
     {Role.BLOCK_SCALE, Role.CHANNEL_SCALE, Role.TENSOR_SCALE, Role.OUTER_SCALE, Role.ZERO_POINT}
     | {Role.CODEBOOK, Role.CORRECTION, Role.NESTED_SCALE, Role.NESTED_MAP, Role.GROUP_INDEX}
 )
+#: Kinds of device on which torch has no float8, and what cannot be read or rounded without it.
+WITHOUT_FLOAT8 = frozenset({"mps"})
+FLOAT8 = frozenset({"fp8", "mxfp8", "nvfp4"})
 WEIGHT_ONLY = "none"
 ANY_ACTIVATION = "any"
 
@@ -182,7 +185,7 @@ def refusal(kernel: Kernel, spec: Spec, device: Device) -> str | None:
         reason = check(kernel.needs, spec, device)
         if reason is not None:
             return reason
-    return None
+    return _refuses_float8(kernel, spec, device)
 
 
 def spec_of(
@@ -291,6 +294,21 @@ def _refuses_numbers(needs: Needs, spec: Spec, device: Device) -> str | None:
         if asked == WEIGHT_ONLY:
             return f"quantizes activations ({_listed(needs.activations)}), weight-only is wanted"
         return f"does not quantize activations as {asked}"
+    return None
+
+
+def _refuses_float8(kernel: Kernel, spec: Spec, device: Device) -> str | None:
+    """Where a device has no such dtype, weights are held as bytes by a kernel that says so, and inputs
+    cannot be quantized to it."""
+    if device.kind not in WITHOUT_FLOAT8 or not _concerns(kernel, spec):
+        return None
+    number = "" if spec.activation is None else spec.activation.number.partition(";")[0]
+    if number in FLOAT8:
+        return f"cannot round inputs to {number}: {device.kind} has no float8"
+    # A tensor scale above block scales: the weight passes through float8 on its way.
+    stored = {Role.BLOCK_SCALE, Role.TENSOR_SCALE} <= spec.roles or spec.encoding.name in FLOAT8
+    if stored and kernel.prepare is None:
+        return f"reads {spec.encoding.name} as float8, which {device.kind} does not have"
     return None
 
 

@@ -42,14 +42,20 @@ AUTO = {
     | dict.fromkeys(SM120, "flashinfer_cutlass"),
 }
 OURS = {
-    FP8: dict.fromkeys(("sm89", "sm90", *SM100, *SM120), "torch_scaled_mm") | {"cpu": "cpu_fp8"},
-    FP4: dict.fromkeys((*SM100, *SM120), "flashinfer_fp4") | {"cpu": "cpu_nvfp4"},
+    FP8: dict.fromkeys(("sm80", "sm86"), "triton_fp8")
+    | dict.fromkeys(("sm89", "sm90", *SM100, *SM120), "torch_scaled_mm")
+    | dict.fromkeys((*AMD, "ascend-a2", "ascend-a5"), "portable")
+    | {"cpu": "cpu_fp8"},
+    FP4: dict.fromkeys((*AMPERE, "sm90"), "triton_nvfp4")
+    | dict.fromkeys((*SM100, *SM120), "flashinfer_fp4")
+    | dict.fromkeys((*AMD, "ascend-a2", "ascend-a5"), "portable")
+    | {"cpu": "cpu_nvfp4"},
 }
 
 
 def there(place: str) -> Device:
     """The device with what there is for it installed."""
-    return replace(device.parse(place), packages={"flashinfer-python": "0.6"})
+    return replace(device.parse(place), packages={"flashinfer-python": "0.6", "triton": "3.6"})
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -18,8 +18,9 @@ from diffquant.schemes import SCHEMES
 
 SCALED = "torch_scaled_mm"
 FI_FP4 = "flashinfer_fp4"
+TRITON = "triton_svdq"
 #: The table is of machines that have what there is for them.
-INSTALLED = {"flashinfer-python": "0.6"}
+INSTALLED = {"flashinfer-python": "0.6", "triton": "3.6"}
 
 #: Column of the table -> the scheme whose encoding and activations it stands for.
 COLUMNS = {
@@ -33,32 +34,51 @@ COLUMNS = {
 
 # FP8 tensor cores begin with Ada (sm89); torch multiplies on them up to sm121.
 # FP4 and MX tensor cores begin with sm100; FlashInfer multiplies NVFP4 there, nothing does MX yet.
-# INT4 tensor cores are those of sm75 to sm89, Hopper has none, and no engine for them is carried.
+# INT4 tensor cores are those of sm75 to sm89, Hopper has none. Its int8 ones, as Ampere's and Ada's,
+# multiply int4 codes to the same integers: that is our Triton kernel. (Nunchaku's own operators take
+# only what Nunchaku packed; here weights are quantized while loading.) Blackwell's engines differ.
 # CDNA3's FP8 is e4m3fnuz, which is not what the files hold. Ascend's MX kernels (A5) are not carried.
 # int8 products on a CPU are opt-in: their activations lose more than the weights do.
 NATIVE = {
-    #              fp8     nvfp4   mxfp8 mxfp4 svdq int8
-    "sm75":      (None,    None,   None, None, None, None),
-    "sm80":      (None,    None,   None, None, None, None),
-    "sm86":      (None,    None,   None, None, None, None),
-    "sm89":      (SCALED,  None,   None, None, None, None),
-    "sm90":      (SCALED,  None,   None, None, None, None),
-    "sm100":     (SCALED,  FI_FP4, None, None, None, None),
-    "sm103":     (SCALED,  FI_FP4, None, None, None, None),
-    "sm120":     (SCALED,  FI_FP4, None, None, None, None),
-    "sm121":     (SCALED,  FI_FP4, None, None, None, None),
-    "gfx90a":    (None,    None,   None, None, None, None),
-    "gfx942":    (None,    None,   None, None, None, None),
-    "gfx950":    (None,    None,   None, None, None, None),
-    "mps":       (None,    None,   None, None, None, None),
-    "ascend-a2": (None,    None,   None, None, None, None),
-    "ascend-a5": (None,    None,   None, None, None, None),
-    "cpu":       (None,    None,   None, None, None, None),
+    #              fp8     nvfp4   mxfp8 mxfp4 svdq    int8
+    "sm75":      (None,    None,   None, None, None,   None),
+    "sm80":      (None,    None,   None, None, TRITON, None),
+    "sm86":      (None,    None,   None, None, TRITON, None),
+    "sm89":      (SCALED,  None,   None, None, TRITON, None),
+    "sm90":      (SCALED,  None,   None, None, TRITON, None),
+    "sm100":     (SCALED,  FI_FP4, None, None, None,   None),
+    "sm103":     (SCALED,  FI_FP4, None, None, None,   None),
+    "sm120":     (SCALED,  FI_FP4, None, None, None,   None),
+    "sm121":     (SCALED,  FI_FP4, None, None, None,   None),
+    "gfx90a":    (None,    None,   None, None, None,   None),
+    "gfx942":    (None,    None,   None, None, None,   None),
+    "gfx950":    (None,    None,   None, None, None,   None),
+    "mps":       (None,    None,   None, None, None,   None),
+    "ascend-a2": (None,    None,   None, None, None,   None),
+    "ascend-a5": (None,    None,   None, None, None,   None),
+    "cpu":       (None,    None,   None, None, None,   None),
 }  # fmt: skip
 
 #: What multiplies the weights where no kernel is native.
 PORTABLE = {
     "cpu": ("cpu_fp8", "cpu_nvfp4", "cpu_mxfp8", "cpu_mxfp4", "cpu_int4", "cpu_int8"),
+    # Triton writes for Ampere and later.
+    **dict.fromkeys(
+        ("sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm120", "sm121"),
+        (
+            "triton_fp8",
+            "triton_nvfp4",
+            "triton_mxfp8",
+            "triton_mxfp4",
+            "triton_int4",
+            "triton_int8",
+        ),
+    ),
+    # Where float8 is not the files' own, or not at all, it is read as bytes.
+    **dict.fromkeys(
+        ("gfx90a", "gfx942", "gfx950", "mps", "ascend-a2", "ascend-a5"),
+        (*("portable",) * 4, "reference", "reference"),
+    ),
 }
 EVERYWHERE_ELSE = ("reference",) * len(COLUMNS)
 
@@ -148,9 +168,8 @@ def test_native_fp4_says_why_it_does_not_run(place: str) -> None:
 
 def test_native_fp4_needs_its_package() -> None:
     bare = replace(there("sm120"), packages={})
-    choice = choose(layer("nvfp4"), bare)
-    assert choice.kernel == "reference"
-    assert choice.refusals[0].reason == "needs flashinfer-python installed"
+    refusals = {item.kernel: item.reason for item in choose(layer("nvfp4"), bare).refusals}
+    assert refusals[FI_FP4] == "needs flashinfer-python installed"
 
 
 @pytest.mark.parametrize("place", [place for place in NATIVE if place != "cpu"])
@@ -167,9 +186,39 @@ def test_kernels_of_the_cpu_stay_there(place: str) -> None:
     [
         ("fp8", SCALED),
         ("fp8_tensor", SCALED),
-        ("fp8_block", "reference"),
-        ("svdq_nvfp4", "reference"),
+        ("fp8_block", "triton_fp8"),
+        ("svdq_nvfp4", "triton_nvfp4"),
     ],
 )
 def test_hopper_multiplies_fp8_natively_except_in_blocks(scheme: str, kernel: str) -> None:
     assert choose(layer(scheme), there("sm90")).kernel == kernel
+
+
+#: What the native SVDQuant kernel says where it may not run.
+NO_SVDQ = {
+    place: f"needs sm80 to sm90, this is {place}"
+    for place in ("sm75", "sm100", "sm103", "sm120", "sm121")
+} | {place: reason for place, reason in NO_FP8.items() if reason.startswith("needs cuda")}
+
+
+@pytest.mark.parametrize("place", NATIVE)
+def test_native_svdq_says_why_it_does_not_run(place: str) -> None:
+    refusals = {item.kernel: item.reason for item in chosen(place, "svdq").refusals}
+    assert refusals.get(TRITON) == NO_SVDQ.get(place)
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_without_triton_an_ampere_gpu_has_the_reference(column: str) -> None:
+    choice = choose(layer(COLUMNS[column]), replace(there("sm80"), packages={}))
+    assert choice.kernel == "reference"
+    assert "needs triton installed" in {item.reason for item in choice.refusals}
+
+
+def test_inputs_behind_gelu_are_quantized_natively_on_hopper() -> None:
+    """Nunchaku's int4 is unsigned there."""
+    plan = layer("svdq_int4")
+    recode = plan.pieces[0].recode
+    assert recode is not None and recode.activation is not None
+    behind = replace(recode, activation=replace(recode.activation, unsigned=True))
+    moved = replace(plan, pieces=(replace(plan.pieces[0], recode=behind),))
+    assert choose(moved, there("sm90")).kernel == TRITON
