@@ -11,7 +11,7 @@ included.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffquant.device import Device
 from diffquant.forecast._drawing import Canvas, canvas, decoding_bytes, denoising_bytes
@@ -46,6 +46,8 @@ MB = 10**6
 #: Python with torch, diffusers and transformers imported, and what of them only drawing reads.
 #: Measured with torch's CPU build; one for accelerators takes more.
 LIBRARIES, LIBRARIES_AT_WORK = 395 * MB, 35 * MB
+#: Triton's compiler, which torch imports with its own wherever it is installed.
+TRITON = 73 * MB
 #: Buffers in which CPU kernels decode some rows at a time.
 CHUNKS = 24 * MB
 #: Float32 values that `reference` holds for each value of the layer it decodes.
@@ -134,7 +136,13 @@ def forecast(
         decoding=decoding_bytes(drawn, compute) if drawn and "vae" in held else 0,
     )
     ways = _ON_CPU if device.kind == "cpu" else _ON_ACCELERATOR
-    return Forecast(stages=tuple(ways[residence.on(device).mode](run)))
+    besides = TRITON if "triton" in device.packages else 0
+    return Forecast(
+        stages=tuple(
+            replace(stage, host=stage.host + besides)
+            for stage in ways[residence.on(device).mode](run)
+        )
+    )
 
 
 def _draws(component: str) -> bool:

@@ -1,0 +1,60 @@
+"""FP8 products in Triton: inputs become e4m3 in one pass, per token or tensor, and codes multiply codes.
+
+For what `torch_scaled_mm` refuses: N or K that 16 does not divide, and one weight scale beside a
+scale per token. Ada and Hopper. Not run on hardware.
+"""
+
+from typing import TYPE_CHECKING
+
+from diffquant.kernels import Kernel, Needs, Spec
+from diffquant.kernels._cpu import outer_scale
+from diffquant.plan import Role
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffquant.kernels import Multiply, Parts
+
+#: The largest finite e4m3 value.
+MAX = 448.0
+
+
+def _build(spec: Spec) -> "Multiply":
+    import torch
+
+    from diffquant.kernels._triton import fp8, inputs
+
+    assert spec.activation is not None, "the needs admit quantized activations only"
+    token = spec.activation.granularity == "token"
+
+    def multiply(x_MK: "Tensor", parts: "Parts") -> "Tensor":
+        codes_MK, scale_M = inputs.as_fp8(x_MK, None if token else _amax(x_MK, parts))
+        outer = outer_scale(parts, slice(None))
+        assert outer is not None, "fp8 without a scale is not admitted"
+        weight_NK = parts[Role.CODES].view(torch.float8_e4m3fn)
+        return fp8.multiply(codes_MK, scale_M, weight_NK, outer, x_MK.dtype)
+
+    return multiply
+
+
+def _amax(x_MK: "Tensor", parts: "Parts") -> "Tensor":
+    """() float32: what the file's scale stands for, or the input's own."""
+    if Role.INPUT_SCALE in parts:
+        return parts[Role.INPUT_SCALE].float().reshape(()) * MAX
+    return x_MK.abs().amax().float()
+
+
+KERNEL = Kernel(
+    rank=60,
+    needs=Needs(
+        encodings=frozenset({"fp8"}),
+        options=frozenset({"kind=e4m3"}),
+        scales=frozenset({Role.TENSOR_SCALE, Role.CHANNEL_SCALE}),
+        activations=frozenset({"fp8:tensor:static", "fp8:tensor:dynamic", "fp8:token:dynamic"}),
+        devices=frozenset({"cuda"}),
+        sm=(89, 91),
+        packages=("triton",),
+    ),
+    build=_build,
+    untried=True,
+)
