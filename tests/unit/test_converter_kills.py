@@ -14,6 +14,9 @@ import pytest
 
 from diffquant import headers, planner, sources
 from diffquant.errors import DiffquantError
+from diffquant.formats.modelslim import EXPERTS
+from tests.tiny import tiny_wan_pipeline
+from tests.unit.test_wan_repack import modelslim, stored
 
 SERVER = """
 import os, signal, sys
@@ -21,11 +24,12 @@ from pathlib import Path
 import torch
 from diffquant import writing
 from diffquant.converters import build_modelopt_fp8_transformer as fp8, build_mx_transformer as mx
-from diffquant.converters._options import Writing
+from diffquant.converters import build_svdquant_transformer as svdquant, wan_repack as wan
+from diffquant.converters._options import Choosing, Writing
 
 torch.set_num_threads(1)
 writing.MARK = 4096
-source = sys.argv[1]
+source, pipeline, modelslim = sys.argv[1:]
 settings = dict(max_shard_size=200_000 / 2**30, overwrite=True)
 CONVERTERS = {
     "fp8": lambda out: fp8.build(Writing(output_dir=out, **settings), from_bf16=source),
@@ -33,13 +37,20 @@ CONVERTERS = {
     "comfy": lambda out: mx.build(
         source, Writing(output_dir=out, **settings), encoding="mxfp8", dialect="comfy"
     ),
+    "svdquant": lambda out: svdquant.build(
+        Writing(output_dir=out, **settings), from_bf16=source, rank=16, rounds=1
+    ),
+    "wan": lambda out: wan.repack(
+        Path(pipeline), Path(modelslim), out, model_type="Wan2.2-T2V-A14B",
+        max_shard_size=200_000, overwrite=True,
+    ),
 }
 
 def run(name, output, point):
     calls = 0
     def count(frame, event, _):
         nonlocal calls
-        if frame.f_code.co_filename == writing.__file__:
+        if frame.f_code.co_filename in (writing.__file__, wan.__file__):
             calls += 1
             if calls == point:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -65,13 +76,21 @@ for line in sys.stdin:
     os.close(reader)
 """
 
+#: Converters that write no folder.
+SINGLE_FILES = {"comfy", "svdquant"}
+
 Server = "subprocess.Popen[str]"
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     source = Path(__file__).resolve().parents[1] / "data" / "modelopt" / "flux" / "bf16"
-    words = [sys.executable, "-c", SERVER, str(source)]
+    folder = tmp_path_factory.mktemp("wan")
+    pipeline = tiny_wan_pipeline(folder / "base", experts=2)
+    for component, name in EXPERTS.items():
+        modelslim(folder / "quantized" / name, stored(pipeline / component))
+    places = map(str, (source, pipeline, folder / "quantized"))
+    words = [sys.executable, "-c", SERVER, *places]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as found:
         yield found
         assert found.stdin is not None
@@ -88,8 +107,15 @@ def run(server: Server, name: str, output: Path, point: int = 0) -> str:
 
 
 def contents(output: Path) -> dict[str, bytes]:
-    files = sorted(output.rglob("*")) if output.is_dir() else [output]
-    return {file.name: file.read_bytes() for file in files}
+    if output.is_file():
+        return {output.name: output.read_bytes()}
+    files = (file for file in sorted(output.rglob("*")) if file.is_file())
+    return {str(file.relative_to(output)): file.read_bytes() for file in files}
+
+
+def models(output: Path) -> list[Path]:
+    """What can be loaded by itself: the transformers of a pipeline, or the place."""
+    return [output / name for name in EXPERTS if (output / name).is_dir()] or [output]
 
 
 def loadable(output: Path) -> dict[str, bytes] | None:
@@ -105,7 +131,7 @@ def loadable(output: Path) -> dict[str, bytes] | None:
 
 
 def require_whole_or_absent(server: Server, name: str, folder: Path, points: list[float]) -> None:
-    suffix = ".safetensors" if name == "comfy" else ""
+    suffix = ".safetensors" if name in SINGLE_FILES else ""
     straight = folder / f"straight{suffix}"
     calls = int(run(server, name, straight))
     truth = contents(straight)
@@ -114,8 +140,10 @@ def require_whole_or_absent(server: Server, name: str, folder: Path, points: lis
         output.parent.mkdir()
         assert run(server, name, output, 1 + int(part * calls)) == "killed"
         for left in output.parent.iterdir():
-            found = loadable(left)
-            assert found is None or truth.items() <= found.items(), (left, part)
+            for model in models(left):
+                found, inside = loadable(model), model.relative_to(left)
+                wanted = contents(straight / inside) if found else {}
+                assert found is None or wanted.items() <= found.items(), (model, part)
         assert run(server, name, output) != "killed"
         assert contents(output) == truth, f"resumed after {part}"
         assert list(output.parent.iterdir()) == [output]
@@ -130,8 +158,11 @@ def test_a_killed_conversion_leaves_nothing_wrong_and_is_finished_by_the_next(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "count"), [("fp8", 20), ("mxfp8", 15), ("comfy", 15)])
-def test_fifty_killed_conversions_leave_nothing_wrong(
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("fp8", 20), ("mxfp8", 15), ("comfy", 15), ("svdquant", 12), ("wan", 20)],
+)
+def test_eighty_killed_conversions_leave_nothing_wrong(
     server: Server, name: str, count: int, tmp_path: Path
 ) -> None:
     points = random.Random(1)
