@@ -53,6 +53,8 @@ KINDS = {
         rank=32,
         goals=(1.80, 1.30, 1.15),
     ),
+    "ggml Q8_0": Kind(encoding=Encoding("ggml_q8_0"), granularity="group"),
+    "ggml Q4_0": Kind(encoding=Encoding("ggml_q4_0"), granularity="group"),
     "int8": Kind(encoding=Encoding("int8"), granularity="channel", goals=(1.25, 1.15, 1.12)),
     "int8, int8 inputs (opt-in)": Kind(
         encoding=Encoding("int8"),

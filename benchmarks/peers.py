@@ -127,8 +127,8 @@ PEERS = {
     "quanto qint4": Peer(
         package="optimum.quanto", nearest="int4 + rank 32", build=_quanto("qint4")
     ),
-    "diffusers GGUF Q8_0": Peer(package="gguf", nearest="int8", build=_gguf("Q8_0")),
-    "diffusers GGUF Q4_0": Peer(package="gguf", nearest="int4 + rank 32", build=_gguf("Q4_0")),
+    "diffusers GGUF Q8_0": Peer(package="gguf", nearest="ggml Q8_0", build=_gguf("Q8_0")),
+    "diffusers GGUF Q4_0": Peer(package="gguf", nearest="ggml Q4_0", build=_gguf("Q4_0")),
     "comfy-kitchen eager fp8": Peer(
         package="comfy_kitchen", nearest="fp8, tensor scale", build=_comfy_fp8
     ),
@@ -170,9 +170,8 @@ def _timed(layers: Mapping[str, Linear], tokens: int, settings: Settings) -> Tim
 def _about() -> str:
     return (
         f"The layer [{N}, {K}] of the section above. Ratios are medians to {PLAIN}. *part* is our "
-        f"overhead over bf16 as a part of theirs, at most {SHARE} is the goal. GGUF blocks are "
-        "compared with our nearest integers, because diffquant does not read ggml types; int4 of "
-        "ours carries a low-rank branch besides. comfy-kitchen is its eager decode and `F.linear`, "
+        f"overhead over bf16 as a part of theirs, at most {SHARE} is the goal. Our int4 "
+        "carries a low-rank branch besides. comfy-kitchen is its eager decode and `F.linear`, "
         "which is what it does without a GPU."
     )
 

@@ -45,10 +45,14 @@ def plain(tensor: Tensor) -> Stored:
 
 def q8_0(weight: Tensor) -> Stored:
     """A weight [N, K] in Q8_0."""
-    encode = ENCODINGS.load("ggml_q8_0").encode
+    return "GGML_Q8_0", tuple(weight.shape), encoded("ggml_q8_0", weight).numpy().tobytes()
+
+
+def encoded(name: str, weight: Tensor) -> Tensor:
+    """Codes of a weight [N, K], by our own writer."""
+    encode = ENCODINGS.load(name).encode
     assert encode is not None
-    made = encode(weight.float(), Encoding("ggml_q8_0"), Recipe(granularity="group"))
-    return "GGML_Q8_0", tuple(weight.shape), made[Role.CODES].numpy().tobytes()
+    return encode(weight.float(), Encoding(name), Recipe(granularity="group"))[Role.CODES]
 
 
 def random_codes(name: str, n: int, k: int, size: float = 0.01) -> Tensor:

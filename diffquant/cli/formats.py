@@ -1,6 +1,7 @@
 """`diffquant formats`: what can be read, how numbers may be stored, and what multiplies them."""
 
 import json
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -45,11 +46,7 @@ def COMMAND(as_json: bool, markdown: bool) -> None:
 
 def matrix() -> str:
     """Format x encoding x family x device as a Markdown table, from the registries alone."""
-    rows = [
-        (name, encoding, _families(format), _native(encoding), _portable(encoding), format.proof)
-        for name, format in FORMATS.load_all().items()
-        for encoding in format.encodings
-    ]
+    rows = [row for name, format in FORMATS.load_all().items() for row in _rows(name, format)]
     head = (
         "format",
         "encoding",
@@ -60,6 +57,15 @@ def matrix() -> str:
     )
     ruled = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in ruled)
+
+
+def _rows(name: str, format: Format) -> Iterator[tuple[str, ...]]:
+    """One row for all encodings that the same kernels run."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for encoding in format.encodings:
+        alike.setdefault((_native(encoding), _portable(encoding)), []).append(encoding)
+    for kernels, encodings in alike.items():
+        yield name, ", ".join(encodings), _families(format), *kernels, format.proof
 
 
 def _families(format: Format) -> str:

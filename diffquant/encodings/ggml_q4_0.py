@@ -5,20 +5,34 @@
         d  0   float16    scale
         q  2   16 bytes   low nibbles are columns 0-15, high ones 16-31
 
-weight = d * (q - 8)
+weight = d * (q - 8). Written with d = -1/8 of the number of largest magnitude, as ggml does, so that
+it has code 0 and the full range is used; codes are rounded half up.
 """
 
 from typing import TYPE_CHECKING
 
-from diffquant.encodings._ggml import codec, fields, half, less, scaled
+from diffquant.encodings._ggml import codec, fields, half, halves, less, reciprocal, scaled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: The code of zero; columns that low nibbles hold.
+ZERO, RUN = 8, 16
+
 
 def _read(blocks: "Tensor") -> "Tensor":
-    codes = fields(blocks[:, 2:], bits=4, run=16)
-    return scaled(less(codes, 8), half(blocks, 0))
+    codes = fields(blocks[:, 2:], bits=4, run=RUN)
+    return scaled(less(codes, ZERO), half(blocks, 0))
 
 
-CODEC = codec("GGML_Q4_0", _read)
+def _write(values: "Tensor") -> "Tensor":
+    from torch import cat, uint8
+
+    largest = values.gather(1, values.abs().argmax(1, keepdim=True))
+    step = largest / -ZERO
+    codes = (values * reciprocal(step) + (ZERO + 0.5)).trunc().clamp_(0, 15).to(uint8)
+    low, high = codes[:, :RUN], codes[:, RUN:]
+    return cat((halves(step), low | high << 4), 1)
+
+
+CODEC = codec("GGML_Q4_0", _read, _write)

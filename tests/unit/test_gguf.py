@@ -29,7 +29,7 @@ from diffquant.pieces import dense
 from diffquant.plan import Encoding, Plan, Role
 from diffquant.sources import Checkpoint
 from diffquant.tensors import Weights
-from tests import tiny
+from tests import gguf_files, tiny
 from tests.gguf_files import plain, q8_0, quantized, random_blocks, random_codes, respelled, write
 
 TYPES = [name for name in ENCODINGS.names() if ENCODINGS.load(name).scales_inside]
@@ -75,12 +75,14 @@ def test_every_type_decodes_bit_for_bit_as_its_owner_does(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-6, 1e4])
-def test_q8_0_is_written_bit_for_bit_as_its_owner_does(size: float) -> None:
+@pytest.mark.parametrize("name", [name for name in TYPES if ENCODINGS.load(name).encode])
+def test_what_is_written_is_bit_for_bit_its_owner_s(name: str, size: float) -> None:
     gguf = pytest.importorskip("gguf")
     values = torch.randn(64, 96) * size
     values[1], values[2] = 0, size / 2
-    truth = gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType.Q8_0)
-    assert q8_0(values)[2] == truth.tobytes()
+    kind = gguf.GGMLQuantizationType[name.removeprefix("ggml_").upper()]
+    truth = torch.from_numpy(gguf.quants.quantize(values.numpy(), kind))
+    assert torch.equal(gguf_files.encoded(name, values), truth)
 
 
 def test_the_bytes_of_a_block_lie_as_the_table_says() -> None:
