@@ -18,6 +18,7 @@ from diffquant.schemes import SCHEMES
 
 SCALED = "torch_scaled_mm"
 FI_FP4 = "flashinfer_fp4"
+MX = "torch_scaled_mm_mx"
 TRITON = "triton_svdq"
 #: The table is of machines that have what there is for them.
 INSTALLED = {"flashinfer-python": "0.6", "triton": "3.6"}
@@ -33,7 +34,8 @@ COLUMNS = {
 }
 
 # FP8 tensor cores begin with Ada (sm89); torch multiplies on them up to sm121.
-# FP4 and MX tensor cores begin with sm100; FlashInfer multiplies NVFP4 there, nothing does MX yet.
+# FP4 and MX tensor cores begin with sm100; FlashInfer multiplies NVFP4 there and torch MXFP8,
+# nothing does MXFP4 yet.
 # INT4 tensor cores are those of sm75 to sm89, Hopper has none. Its int8 ones, as Ampere's and Ada's,
 # multiply int4 codes to the same integers: that is our Triton kernel. (Nunchaku's own operators take
 # only what Nunchaku packed; here weights are quantized while loading.) Blackwell's engines differ.
@@ -190,7 +192,7 @@ def test_kernels_of_the_cpu_stay_there(place: str) -> None:
         ("svdq_nvfp4", "triton_nvfp4"),
     ],
 )
-def test_hopper_multiplies_fp8_natively_except_in_blocks(scheme: str, kernel: str) -> None:
+def test_hopper_multiplies_fp8_natively_in_any_granularity(scheme: str, kernel: str) -> None:
     assert choose(layer(scheme), there("sm90")).kernel == kernel
 
 
