@@ -10,7 +10,15 @@ from typing import Any
 
 from diffquant.families import Family, Inventory, Naming, Shape
 from diffquant.families._config import settings
-from diffquant.families._names import ADDED_QKV, FINAL_MODULATION, QKV, rules, slices
+from diffquant.families._names import (
+    ADDED_QKV,
+    BFL_DOUBLE_NORMS,
+    BFL_SINGLE_NORMS,
+    FINAL_MODULATION,
+    QKV,
+    rules,
+    slices,
+)
 from diffquant.families._shapes import (
     Table,
     count,
@@ -121,7 +129,7 @@ def config_from(shapes: Mapping[str, Shape]) -> Mapping[str, Any] | None:
 DOUBLE = "transformer_blocks.{i}."
 SINGLE = "single_transformer_blocks.{i}."
 
-#: Black Forest Labs' own names, also ComfyUI's, whose newer files call a norm's scale .weight.
+#: Black Forest Labs' own names, also ComfyUI's.
 BFL = (
     *rules(
         {
@@ -148,14 +156,7 @@ BFL = (
             "img_mlp.2": "ff.net.2",
             "txt_mlp.0": "ff_context.net.0.proj",
             "txt_mlp.2": "ff_context.net.2",
-            "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
-            "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
-            "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
-            "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
-            "img_attn.norm.query_norm": "attn.norm_q",
-            "img_attn.norm.key_norm": "attn.norm_k",
-            "txt_attn.norm.query_norm": "attn.norm_added_q",
-            "txt_attn.norm.key_norm": "attn.norm_added_k",
+            **BFL_DOUBLE_NORMS,
         },
         stored="double_blocks.{i}.",
         path=DOUBLE,
@@ -165,10 +166,7 @@ BFL = (
             "modulation.lin": "norm.linear",
             "linear1": (*QKV, "proj_mlp"),
             "linear2": "proj_out",
-            "norm.query_norm.scale": "attn.norm_q.weight",
-            "norm.key_norm.scale": "attn.norm_k.weight",
-            "norm.query_norm": "attn.norm_q",
-            "norm.key_norm": "attn.norm_k",
+            **BFL_SINGLE_NORMS,
         },
         stored="single_blocks.{i}.",
         path=SINGLE,

@@ -9,7 +9,14 @@ from typing import Any
 
 from diffquant.families import Family, Inventory, Naming, Shape
 from diffquant.families._config import settings
-from diffquant.families._names import ADDED_QKV, FINAL_MODULATION, QKV, rules
+from diffquant.families._names import (
+    ADDED_QKV,
+    BFL_DOUBLE_NORMS,
+    BFL_SINGLE_NORMS,
+    FINAL_MODULATION,
+    QKV,
+    rules,
+)
 from diffquant.families._shapes import (
     Table,
     count,
@@ -162,14 +169,7 @@ BFL = (
             "img_mlp.2": "ff.linear_out",
             "txt_mlp.0": "ff_context.linear_in",
             "txt_mlp.2": "ff_context.linear_out",
-            "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
-            "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
-            "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
-            "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
-            "img_attn.norm.query_norm": "attn.norm_q",
-            "img_attn.norm.key_norm": "attn.norm_k",
-            "txt_attn.norm.query_norm": "attn.norm_added_q",
-            "txt_attn.norm.key_norm": "attn.norm_added_k",
+            **BFL_DOUBLE_NORMS,
         },
         stored="double_blocks.{i}.",
         path=DOUBLE,
@@ -178,10 +178,7 @@ BFL = (
         {
             "linear1": "attn.to_qkv_mlp_proj",
             "linear2": "attn.to_out",
-            "norm.query_norm.scale": "attn.norm_q.weight",
-            "norm.key_norm.scale": "attn.norm_k.weight",
-            "norm.query_norm": "attn.norm_q",
-            "norm.key_norm": "attn.norm_k",
+            **BFL_SINGLE_NORMS,
         },
         stored="single_blocks.{i}.",
         path=SINGLE,
