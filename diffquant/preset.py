@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from diffquant import patterns
-from diffquant.errors import PresetError
+from diffquant.errors import PresetError, UsageError
 
 Default = int | float | str
 
@@ -93,15 +93,15 @@ def names() -> tuple[str, ...]:
 
 @cache
 def load(name: str) -> Preset:
-    """The preset of that name. Raises PresetError when there is none, or it cannot be read."""
+    """The preset of that name. Raises UsageError when there is none, PresetError for a bad one."""
     if name not in names():
         near = patterns.nearest(name, names()) or names()
-        raise PresetError(f"no preset is called {name!r}", hint=f"one of: {', '.join(near)}")
+        raise UsageError(f"no preset is called {name!r}", hint=f"one of: {', '.join(near)}")
     return parse(name, files("diffquant.presets").joinpath(f"{name}.toml").read_text("utf-8"))
 
 
 def find(name: str) -> Preset:
-    """The preset of that name, or that of a TOML file. Raises PresetError as `load` and `parse` do."""
+    """The preset of that name, or that of a TOML file. Raises as `load` and `parse` do."""
     if not name.endswith(".toml"):
         return load(name)
     path = Path(name)

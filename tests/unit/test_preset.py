@@ -3,7 +3,7 @@
 import pytest
 
 from diffquant import preset
-from diffquant.errors import PresetError
+from diffquant.errors import PresetError, UsageError
 
 RULE = '[[keep]]\npatterns = ["a.*"]\nreason = "why"\nsource = "who"\n'
 PATHS = ("a.x", "a.y", "b", "a.x.deep")
@@ -37,7 +37,7 @@ def test_a_fault_names_the_file_and_the_key(text: str, named: str) -> None:
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest() -> None:
-    with pytest.raises(PresetError, match="no preset is called 'flux1-fp9'") as refused:
+    with pytest.raises(UsageError, match="no preset is called 'flux1-fp9'") as refused:
         preset.load("flux1-fp9")
     assert "flux1-fp8" in str(refused.value.hint)
 
