@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from diffquant import video
 from diffquant.errors import NonFiniteError, RunError, UsageError
+from diffquant.sound import sounds
+from diffquant.video import Film, Sound
 
 METADATA_KEY = "diffquant"
 DEFAULT_SEED = 42
@@ -95,6 +97,7 @@ class Result:
     seconds       from the call to the last pixel
     step_seconds  of each denoising step
     videos        the frames of each video, where the pipeline makes videos; there are no images then
+    sounds        one for each video, of a pipeline that lets something be heard
     """
 
     request: Request
@@ -103,6 +106,17 @@ class Result:
     step_seconds: tuple[float, ...]
     record: Mapping[str, Any] = field(default_factory=dict)
     videos: tuple[tuple[Image.Image, ...], ...] = ()
+    sounds: tuple[Sound, ...] = ()
+
+    @property
+    def films(self) -> tuple[Film, ...]:
+        """The videos as they are written."""
+        fps = self.request.fps or DEFAULT_FPS
+        heard = self.sounds or (None,) * len(self.videos)
+        return tuple(
+            Film(frames=frames, fps=fps, sound=sound)
+            for frames, sound in zip(self.videos, heard, strict=True)
+        )
 
 
 def fill(request: Request, pipeline: Any, defaults: Mapping[str, Any]) -> Request:
@@ -131,8 +145,8 @@ def fill(request: Request, pipeline: Any, defaults: Mapping[str, Any]) -> Reques
 def generate(pipeline: Any, request: Request, on_step: OnStep | None = None) -> Result:
     """Draw the pictures. `on_step(done, of)` is called after every denoising step.
 
-    Raises NonFiniteError where latents or pixels are not finite, naming the step and the first
-    layer that went wrong, and RunError for a picture of one colour.
+    Raises NonFiniteError where latents, pixels or sound are not finite, naming the step and the
+    first layer that went wrong, and RunError for a picture of one colour.
     """
     return generate_together(pipeline, [request], on_step)[0]
 
@@ -151,7 +165,7 @@ def generate_together(
     watch = _Watch(steps, on_step)
     started = time.perf_counter()
     try:
-        pixels = draw(pipeline, first, watch, beside=requests[1:])
+        drawn = _called(pipeline, first, watch, requests[1:])
     except _LatentsWentBad as bad:
         raise NonFiniteError(
             f"latents are not finite after step {bad.step + 1} of {steps}; "
@@ -159,17 +173,27 @@ def generate_together(
             hint=MORE_RANGE,
         ) from None
     seconds = time.perf_counter() - started
-    if not pixels.isfinite().all():
-        raise NonFiniteError(
-            f"pixels are not finite; {_blame(pipeline, requests)}", hint=MORE_RANGE
-        )
+    pixels, heard = _pixels(pipeline, drawn), sounds(pipeline, drawn)
+    for what, values in {"pixels are": (pixels,), "the sound is": _waves(heard)}.items():
+        if not _finite(values):
+            raise NonFiniteError(
+                f"{what} not finite; {_blame(pipeline, requests)}", hint=MORE_RANGE
+            )
     for index, picture in enumerate(pixels):
         _require_picture(picture, index)
     shares = pixels.split([len(request.seeds) for request in requests])
+    voices = iter(heard)
     return tuple(
-        _result(request, share, seconds, watch.seconds)
+        replace(
+            _result(request, share, seconds, watch.seconds),
+            sounds=tuple(itertools.islice(voices, len(share))),
+        )
         for request, share in zip(requests, shares, strict=True)
     )
+
+
+def _waves(heard: Sequence[Sound]) -> tuple[Tensor, ...]:
+    return tuple(torch.from_numpy(sound.samples) for sound in heard)
 
 
 def _result(
@@ -199,6 +223,7 @@ def recorded(result: Result, *, flags: Mapping[str, Any], report: Mapping[str, A
         "report": dict(report),
         "versions": versions(),
         "seconds": round(result.seconds, 3),
+        **({"sound": result.sounds[0].to_json()} if result.sounds else {}),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     return replace(result, record=record)
@@ -216,8 +241,7 @@ def save(result: Result, output_path: Path, output_file_name: str | None = None)
         name = output_file_name or f"{slug(result.request.prompt or '')}-{seed}"
         record = {**result.record, "image": index, "image_seed": seed}
         if result.videos:
-            clip, fps = result.videos[index], result.request.fps
-            paths += _write_video(clip, record, output_path / name, fps)
+            paths += _write_video(result.films[index], record, output_path / name)
         else:
             paths.append(_write_png(result.images[index], record, output_path / _as_png(name)))
     return paths
@@ -378,6 +402,13 @@ def draw(
     watch   diffusers' `callback_on_step_end`: called with pipeline, step, timestep and the latents
     beside  requests of other words and seeds, drawn in the same batch behind this one
     """
+    return _pixels(pipeline, _called(pipeline, request, watch, beside))
+
+
+def _called(
+    pipeline: Any, request: Request, watch: Callable[..., dict[str, Any]], beside: Sequence[Request]
+) -> Any:
+    """What the pipeline's call gives, with arguments as `draw` takes them."""
     accepted = inspect.signature(type(pipeline).__call__).parameters
     arguments = {
         **{name: value for name, value in request.typed.items() if name not in _OURS},
@@ -396,11 +427,14 @@ def draw(
             arguments[theirs] = arguments.pop(name)
     try:
         with torch.inference_mode():
-            drawn = pipeline(**{name: arguments[name] for name in arguments if name in accepted})
+            return pipeline(**{name: arguments[name] for name in arguments if name in accepted})
     except ValueError as error:
         if not _from_input_check(error):
             raise
         raise UsageError(f"{type(pipeline).__name__} refuses: {error}") from error
+
+
+def _pixels(pipeline: Any, drawn: Any) -> Tensor:
     made: Tensor | None = getattr(drawn, "images", getattr(drawn, "frames", None))
     if made is None:
         raise RunError(
@@ -534,21 +568,21 @@ def _write_png(image: Image.Image, record: Mapping[str, Any], wanted: Path) -> P
     return _placed(wanted, lambda stream: image.save(stream, "PNG", pnginfo=text))
 
 
-def _write_video(
-    frames: tuple[Image.Image, ...], record: Mapping[str, Any], wanted: Path, fps: int | None
-) -> list[Path]:
+def _write_video(film: Film, record: Mapping[str, Any], wanted: Path) -> list[Path]:
     """One file, or for a name that ends in .png one picture per frame."""
     kind = video.ending(wanted.name)
+    if film.sound is not None and kind not in video.SOUNDING:
+        record = {**record, "sound": f"left out: {kind} holds none"}
     if kind == video.FRAMES:
         return [
             _write_png(
                 frame, {**record, "frame": index}, wanted.with_stem(f"{wanted.stem}-{index:04}")
             )
-            for index, frame in enumerate(frames)
+            for index, frame in enumerate(film.frames)
         ]
     text = json.dumps({METADATA_KEY: True, **record})
     write, path = video.WRITERS[kind], wanted.with_name(f"{wanted.name.removesuffix(kind)}{kind}")
-    return [_placed(path, lambda stream: write(frames, fps or DEFAULT_FPS, text, stream))]
+    return [_placed(path, lambda stream: write(film, text, stream))]
 
 
 def _placed(wanted: Path, write: Callable[[Any], None]) -> Path:

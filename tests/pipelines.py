@@ -390,8 +390,10 @@ def _ltx2_sound() -> dict[str, nn.Module]:
         in_channels=2 * 8,
         hidden_channels=16,
         out_channels=2,
-        upsample_kernel_sizes=[4, 4],
-        upsample_factors=[2, 2],
+        # a hundred mel frames a second, as the autoencoder counts them, make 8000 samples
+        upsample_kernel_sizes=[20, 16],
+        upsample_factors=[10, 8],
+        output_sampling_rate=8000,
         resnet_kernel_sizes=[3],
         resnet_dilations=[[1, 3, 5]],
     )

@@ -78,7 +78,7 @@ def COMMAND(
     result = _drawn(dry, model, values, output_file_name)
     paths = _saved(result, Path(output_path), output_file_name) if is_first else []
     _tell_size(values, result)
-    _talk.say(f"drawn in {result.seconds:.1f} s, saved as")
+    _talk.say(f"drawn in {result.seconds:.1f} s{_heard(result, output_file_name)}, saved as")
     told = json.dumps(_told(result, paths), indent=2) if as_json else "\n".join(map(str, paths))
     click.echo(told)
     return 0
@@ -257,6 +257,20 @@ def _tell_size(values: Mapping[str, Any], result: "Result") -> None:
         _talk.note(
             f"{asked[0]}x{asked[1]} was asked for, the pipeline drew {drawn.width}x{drawn.height}"
         )
+
+
+def _heard(result: "Result", name: str | None) -> str:
+    """That there is sound in the file, or that the file has no place for it."""
+    if not result.sounds:
+        return ""
+    kind, sound = video.ending(name), result.sounds[0]
+    if kind in video.SOUNDING:
+        return f" with sound ({sound})"
+    _talk.note(
+        f"what is heard ({sound}) is left out, {kind} holds no sound; "
+        "--output-file-name with .mp4 keeps it"
+    )
+    return " without its sound"
 
 
 def _flags(model: ModelFlags, run: loading.RunFlags) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import io
 import json
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -247,17 +248,17 @@ async def _follow(clip: Clip) -> None:
 
 def _files(result: run.Result) -> dict[str, tuple[bytes, str]]:
     """Every variant of the first video, with its media type."""
-    frames, written = result.videos[0], io.BytesIO()
+    film, written = result.films[0], io.BytesIO()
     record = json.dumps({run.METADATA_KEY: True, **result.record})
-    video.WRITERS[".mp4"](frames, result.request.fps or run.DEFAULT_FPS, record, written)
+    video.WRITERS[".mp4"](film, record, written)
     return {
         "video": (written.getvalue(), "video/mp4"),
-        "thumbnail": (_bytes(frames[0], "WEBP"), "image/webp"),
-        "spritesheet": (_bytes(_sheet(frames), "JPEG"), "image/jpeg"),
+        "thumbnail": (_bytes(film.frames[0], "WEBP"), "image/webp"),
+        "spritesheet": (_bytes(_sheet(film.frames), "JPEG"), "image/jpeg"),
     }
 
 
-def _sheet(frames: tuple[Image.Image, ...]) -> Image.Image:
+def _sheet(frames: Sequence[Image.Image]) -> Image.Image:
     """Frames evenly over the clip, row by row."""
     count = SHEET * SHEET
     shown = [frames[index * len(frames) // count] for index in range(count)]

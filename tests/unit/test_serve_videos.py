@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ from PIL import Image
 
 from diffquant import loading
 from diffquant.resolve import ModelFlags
+from tests import pipelines
 from tests.serving import Served, serving, until
 from tests.tiny import WAN_FP8, tiny_wan_pipeline
 
@@ -127,3 +129,20 @@ def test_a_hostile_body_is_a_400(served: Served, body: bytes) -> None:
 def test_pictures_are_not_drawn_by_a_pipeline_of_videos(served: Served) -> None:
     assert "POST /v1/videos" in served.draw(prompt="red car").json()["error"]["message"]
     assert httpx.get(f"{served.url}/v1/videos/video_x").status_code == 404
+
+
+def test_a_video_that_is_fetched_has_its_sound(tmp_path: Path) -> None:
+    base, _ = pipelines.saved(pipelines.PIPELINES["ltx2"], tmp_path / "ltx2")
+    model = ModelFlags(model_path=str(base))
+    pipeline = loading.load(model, loading.RunFlags(device="cpu"))
+    with serving(lambda: pipeline) as sounding:
+        answer = sounding.http.post(
+            "/v1/videos/sync", json={"prompt": "red apple", "size": "32x32", "fps": 8, **SMALL}
+        )
+    assert answer.status_code == 200, answer.text
+    with av.open(io.BytesIO(answer.content)) as container:
+        seen, heard = container.streams
+        one = heard.codec_context.frame_size / heard.rate
+        lasts = float(heard.duration * heard.time_base)
+    assert (heard.codec.name, heard.rate) == ("aac", 8000)
+    assert lasts == pytest.approx(float(seen.duration * seen.time_base), abs=one)

@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from PIL import Image
 
@@ -98,6 +100,49 @@ def test_an_ending_nothing_writes_and_a_missing_package_are_told_before_drawing(
         video.ending(None)
     assert "diffquant[video]" in str(caught.value)
     assert video.ending("clip.webp") == ".webp"
+
+
+def clicking(seconds: float, at: float, rate: int = 24_000) -> video.Sound:
+    """Silence of that length with one click in it, the right channel softer than the left."""
+    samples = numpy.zeros((2, round(seconds * rate)), numpy.float32)
+    place = round(at * rate)
+    samples[:, place : place + 24] = [[0.9], [0.3]]
+    return video.Sound(samples=samples, rate=rate)
+
+
+def heard(path: Path) -> tuple[Any, Any]:
+    """The one audio stream of a file, and its samples [channels, S]."""
+    with pytest.importorskip("av").open(path) as container:
+        (stream,) = container.streams.audio
+        return stream, numpy.concatenate([f.to_ndarray() for f in container.decode(stream)], 1)
+
+
+@pytest.mark.parametrize("drawn", [0.3, 0.5, 0.62])
+def test_an_mp4_sounds_as_long_as_its_frames_last_and_is_in_time(
+    tmp_path: Path, drawn: float
+) -> None:
+    (path,) = save(replace(moving(), sounds=(clicking(drawn, at=0.25),)), tmp_path)
+    stream, samples = heard(path)
+    assert (stream.codec.name, stream.rate, stream.layout.name) == ("aac", 24_000, "stereo")
+    frames, one = 4 / 8 * 24_000, stream.codec_context.frame_size
+    assert abs(stream.duration * stream.time_base * 24_000 - frames) <= one
+    loud = numpy.abs(samples).argmax(1)
+    assert numpy.abs(loud - 0.25 * 24_000).max() < one / 8
+    assert numpy.abs(samples[1]).max() < 0.6 * numpy.abs(samples[0]).max()
+
+
+def test_a_video_without_sound_has_no_track_for_it_and_says_nothing(tmp_path: Path) -> None:
+    (path,) = save(moving(), tmp_path)
+    with pytest.importorskip("av").open(path) as container:
+        assert not container.streams.audio
+    assert "sound" not in read_metadata(path)
+
+
+@pytest.mark.parametrize("ending", [".gif", ".webp", ".png"])
+def test_a_file_that_holds_no_sound_says_that_there_was_some(tmp_path: Path, ending: str) -> None:
+    sounding = replace(moving(), sounds=(clicking(0.5, at=0.1),))
+    path = save(recorded(sounding, flags={}, report={}), tmp_path, f"clip{ending}")[0]
+    assert read_metadata(path)["sound"] == f"left out: {ending} holds none"
 
 
 @pytest.mark.parametrize("name", ["tiny_wan", "tiny_hunyuan_video"])
