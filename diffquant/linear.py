@@ -98,7 +98,7 @@ class QuantLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         rows_MK = input.reshape(-1, self.in_features)
         smoothed = [self._smoothed(index, rows_MK) for index in range(len(self.terms))]
-        y_MN = self._product(smoothed)
+        y_MN = self._product(rows_MK, smoothed)
         if self.bias is not None:
             y_MN += self.bias.to(y_MN.dtype)
         y_MN = self._with_lowrank(y_MN.to(input.dtype), rows_MK, smoothed)
@@ -137,10 +137,12 @@ class QuantLinear(nn.Linear):
             return shifted
         return _smoothed(shifted, piece, self._held(index))
 
-    def _product(self, smoothed: Sequence[Tensor]) -> Tensor:
-        """The products of all pieces, without bias and low rank."""
+    def _product(self, rows_MK: Tensor, smoothed: Sequence[Tensor]) -> Tensor:
+        """The products of all pieces, without bias and the low rank that no kernel fuses."""
         products = [
-            term.multiply(rotated(h_MK, term.piece.rotation), self._held(index))
+            term.multiply(
+                rotated(h_MK, term.piece.rotation), self._given(index, rows_MK, smoothed[index])
+            )
             for index, (term, h_MK) in enumerate(zip(self.terms, smoothed, strict=True))
         ]
         if len(products) == 1:
@@ -155,17 +157,31 @@ class QuantLinear(nn.Linear):
         """Adds the low-rank branches, which ModelOpt computes beside the finished linear: with its two
         roundings where the reference runs, in one step and one rounding where speed counts."""
         for index, (term, h_MK) in enumerate(zip(self.terms, smoothed, strict=True)):
-            piece, parts = term.piece, self._held(index)
+            piece = term.piece
             if piece.lowrank_input is None or Role.LOWRANK_UP in term.holding.fuses:
                 continue
-            low = self._columns(piece, rows_MK) if piece.lowrank_input == "raw" else h_MK
-            down, up = (parts[role].to(low.dtype) for role in (Role.LOWRANK_DOWN, Role.LOWRANK_UP))
+            low_MR = self._low(index, rows_MK, h_MK)
+            up = self._held(index)[Role.LOWRANK_UP].to(low_MR.dtype)
             out_MN = y_MN[:, piece.out.as_slice()]
             if self.float32:
-                out_MN += (low @ down.T) @ up.T
+                out_MN += low_MR @ up.T
             else:
-                out_MN.addmm_(low @ down.T, up.T)
+                out_MN.addmm_(low_MR, up.T)
         return y_MN
+
+    def _given(self, index: int, rows_MK: Tensor, h_MK: Tensor) -> Parts:
+        """The parts for the kernel. One that adds the low-rank branch without smoothing does not see
+        what the branch reads, so it is given l · Dᵀ [M, R] in the place of D."""
+        held, fuses = self._held(index), self.terms[index].holding.fuses
+        if Role.SMOOTH in fuses or Role.LOWRANK_DOWN not in fuses & held.keys():
+            return held
+        return {**held, Role.LOWRANK_DOWN: self._low(index, rows_MK, h_MK)}
+
+    def _low(self, index: int, rows_MK: Tensor, h_MK: Tensor) -> Tensor:
+        """l · Dᵀ [M, R] of piece `index`."""
+        piece = self.terms[index].piece
+        low = self._columns(piece, rows_MK) if piece.lowrank_input == "raw" else h_MK
+        return low @ self._held(index)[Role.LOWRANK_DOWN].to(low.dtype).T
 
     def _columns(self, piece: Piece, rows_MK: Tensor) -> Tensor:
         return rows_MK[:, piece.cols.as_slice()] if len(self.terms) > 1 else rows_MK

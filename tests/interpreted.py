@@ -19,8 +19,18 @@ import torch
 from torch import Tensor
 
 from diffquant.encodings import ENCODINGS, Recipe
-from diffquant.kernels import KERNELS, Spec
-from diffquant.plan import Activation, Encoding, Role
+from diffquant.kernels import KERNELS, Spec, spec_of
+from diffquant.linear import Holding, QuantLinear
+from diffquant.plan import (
+    Activation,
+    Encoding,
+    LayerPlan,
+    Part,
+    Piece,
+    Role,
+    Span,
+    TensorRef,
+)
 
 #: M, N, K: one token, tiles that are not full, a ragged group, more than one tile each way.
 SHAPES = ((1, 100, 192), (9, 24, 160), (33, 7, 64), (70, 130, 128))
@@ -179,6 +189,56 @@ def records(name: str, kind: Kind) -> Iterator[dict[str, Any]]:
 def errors() -> Iterator[dict[str, Any]]:
     for name, kind in KINDS.items():
         yield from records(name, kind)
+    yield from layers("svdq")
+    yield from layers("svdq behind GELU")
+
+
+def layers(name: str) -> Iterator[dict[str, Any]]:
+    """Whole linears of SVDQuant: the shift, smoothing, raw low rank and bias around the product."""
+    kind, shape = KINDS[name], (100, 192)
+    assert kind.activation is not None
+    x_MK = torch.randn(40, shape[1], generator=torch.Generator().manual_seed(0))
+    _, parts = encoded(kind, weight(shape, 1.0, 1.0), x_MK)
+    parts |= {
+        Role.SMOOTH: torch.rand(shape[1]) + 0.5,
+        Role.LOWRANK_DOWN: torch.randn(48, shape[1]) / 4,
+        Role.LOWRANK_UP: torch.randn(shape[0], 48) / 4,
+    }
+    wanted = linear("reference", kind, shape, parts)(x_MK).double()
+    for wrong in (None, Role.SMOOTH, Role.LOWRANK_DOWN, Role.LOWRANK_UP):
+        held = parts if wrong is None else parts | {wrong: parts[wrong].roll(1, 0)}
+        lost = (linear(kind.kernel, kind, shape, held)(x_MK).double() - wanted).norm()
+        told = {"kind": f"{name}, linear", "kernel": kind.kernel, "wrong": wrong}
+        yield told | {"of": f"{shape}", "error": float(lost / wanted.norm())}
+
+
+def linear(
+    name: str, kind: Kind, shape_NK: tuple[int, int], parts: dict[Role, Tensor]
+) -> QuantLinear:
+    """The layer as a kernel multiplies it, in float32."""
+    assert kind.activation is not None
+    piece = Piece(
+        encoding=kind.encoding,
+        stored_NK=shape_NK,
+        parts=tuple(Part(role, TensorRef(0, role)) for role in parts),
+        out=Span(0, shape_NK[0]),
+        cols=Span(0, shape_NK[1]),
+        activation=kind.activation,
+        smooth="divide",
+        shift=0.171875 if kind.activation.unsigned else 0.0,
+        lowrank_input="raw",
+    )
+    layer = LayerPlan(path="it", shape_NK=shape_NK, pieces=(piece,), dtype="float32", why="a test")
+    kernel = KERNELS.load(name)
+    return QuantLinear(
+        layer,
+        [parts],
+        [kernel.build(spec_of(piece, kind.activation, kernel.fuses))],
+        bias=torch.arange(shape_NK[0]) / 8,
+        dtype=torch.float32,
+        float32=kernel.float32,
+        holdings=[Holding(kernel.fuses)],
+    )
 
 
 def compiled(sm: int, *names: str) -> Iterator[dict[str, Any]]:

@@ -91,7 +91,8 @@ class Kernel:
 
     rank       lower is tried first among those whose needs hold
     build      Spec -> multiply(x [M, K], parts) -> [M, N]; imports vendors inside; no bias
-    fuses      roles that `multiply` takes over from `linear.py`: smoothing, low rank
+    fuses      roles that `multiply` takes over from `linear.py`: smoothing, low rank; without smoothing
+               it finds l · Dᵀ [M, R] in the place of LOWRANK_DOWN
     prepare    canonical parts -> the same parts in the order that `multiply` reads, on their way to
                the device; None: as they are
     restore    the way back, bit by bit

@@ -29,8 +29,16 @@ def _build(spec: Spec) -> "Multiply":
 
     def multiply(x_MK: "Tensor", parts: "Parts") -> "Tensor":
         codes_MK, scale_GM = inputs.as_int4(x_MK, GROUP, unsigned=unsigned)
-        weight = parts[Role.CODES].view(uint8)
-        return svdq.multiply(codes_MK, scale_GM, weight, parts[Role.BLOCK_SCALE], x_MK.dtype)
+        up = parts.get(Role.LOWRANK_UP)
+        return svdq.multiply(
+            codes_MK,
+            scale_GM,
+            parts[Role.CODES].view(uint8),
+            parts[Role.BLOCK_SCALE],
+            x_MK.dtype,
+            parts.get(Role.LOWRANK_DOWN),
+            None if up is None else up.to(x_MK.dtype),
+        )
 
     return multiply
 
@@ -48,5 +56,7 @@ KERNEL = Kernel(
         packages=("triton",),
     ),
     build=_build,
+    # The branch is added to the sums before their one rounding.
+    fuses=frozenset({Role.LOWRANK_DOWN, Role.LOWRANK_UP}),
     untried=True,
 )

@@ -69,6 +69,14 @@ def test_every_part_that_is_off_would_be_seen(name: str, errors: list[dict[str, 
     assert [each for each in wrong if not each["error"] > LIMIT] == []
 
 
+@pytest.mark.parametrize("role", ["smooth", "lowrank_down", "lowrank_up"])
+def test_svdq_adds_the_low_rank_branch_itself(role: str, errors: list[dict[str, Any]]) -> None:
+    whole = [each for each in errors if each["kind"].endswith("linear")]
+    assert all(each["error"] <= LIMIT for each in whole if each["wrong"] is None)
+    assert all(each["error"] > LIMIT for each in whole if each["wrong"] == role)
+    assert len([each for each in whole if each["wrong"] == role]) == 2
+
+
 def compiles(cache: Path, sm: int, kinds: list[str]) -> None:
     """Every launch makes code for the capability; the products multiply what they should."""
     for made in told(cache, "compiled", str(sm), *kinds):

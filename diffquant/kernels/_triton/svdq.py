@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffquant.errors import KernelError
 from diffquant.kernels._triton.tiles import NEIGHBOURS, Tile, place, programs
 
 TILES = (
@@ -34,9 +35,17 @@ def multiply(
     """y [M, N] = Σ_g scale_GM[g] scale_NG[:, g] (codes_g · codes_gᵀ) + low · upᵀ, rounded to `dtype`.
 
     codes_MK  int8; codes: [N, K / 2] two's complement, the even column in the low bits
+    scale_NG  may have more groups than the input, which are padding
+    low, up   in `dtype`
+
+    Raises KernelError where scales are fewer than groups.
     """
     m, k = codes_MK.shape
     n, groups = scale_NG.shape[0], scale_GM.shape[0]
+    if scale_NG.shape[1] < groups:
+        raise KernelError(f"{groups} groups of the input meet {scale_NG.shape[1]} of the weight")
+    codes, scale_NG = codes.contiguous(), scale_NG.contiguous()
+    low_MR, up_NR = (None if each is None else each.contiguous() for each in (low_MR, up_NR))
     y_MN = codes_MK.new_empty(m, n, dtype=dtype)
     tile = next((tile for most, tile in TILES if m <= most), LARGE)
     with torch.cuda.device_of(codes_MK):
