@@ -48,10 +48,10 @@ NATIVE = {
     "sm86":      (None,    None,   None, None, TRITON, None),
     "sm89":      (SCALED,  None,   None, None, TRITON, None),
     "sm90":      (SCALED,  None,   None, None, TRITON, None),
-    "sm100":     (SCALED,  FI_FP4, None, None, None,   None),
-    "sm103":     (SCALED,  FI_FP4, None, None, None,   None),
-    "sm120":     (SCALED,  FI_FP4, None, None, None,   None),
-    "sm121":     (SCALED,  FI_FP4, None, None, None,   None),
+    "sm100":     (SCALED,  FI_FP4, MX,   None, None,   None),
+    "sm103":     (SCALED,  FI_FP4, MX,   None, None,   None),
+    "sm120":     (SCALED,  FI_FP4, MX,   None, None,   None),
+    "sm121":     (SCALED,  FI_FP4, MX,   None, None,   None),
     "gfx90a":    (None,    None,   None, None, None,   None),
     "gfx942":    (None,    None,   None, None, None,   None),
     "gfx950":    (None,    None,   None, None, None,   None),
@@ -188,7 +188,7 @@ def test_kernels_of_the_cpu_stay_there(place: str) -> None:
     [
         ("fp8", SCALED),
         ("fp8_tensor", SCALED),
-        ("fp8_block", "triton_fp8"),
+        ("fp8_block", "torch_scaled_mm_block"),
         ("svdq_nvfp4", "triton_nvfp4"),
     ],
 )
