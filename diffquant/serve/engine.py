@@ -104,6 +104,7 @@ class Engine:
         self._pipeline, self._worn = pipeline, self.facts.lora
         for line in report.truth_lines:
             LOG.info("%s", line)
+        _settle()
 
     def draw(self, job: Job) -> run.Result:
         """Draw the job's pictures; Stopped is raised at the step at which it should end."""
@@ -134,6 +135,7 @@ class Engine:
         assert self.origin.reference is not None
         if self._reference is None:
             self._reference = self.origin.reference()
+            _settle()
         if self._has_loras:
             wardrobe.wear(self._reference, self._worn)
         drawn = job.step
@@ -208,6 +210,7 @@ class Engine:
     def close(self) -> None:
         """Let the model go; `open` brings it back."""
         self._pipeline = self._reference = None
+        gc.unfreeze()
         _free()
         LOG.info("the model is let go")
 
@@ -224,6 +227,14 @@ def _preview(pipeline: Any, latents: Tensor, job: Job) -> Preview:
     assert request.height is not None
     assert request.width is not None
     return Preview(job.step, preview.picture(pipeline, latents, request.height, request.width))
+
+
+def _settle() -> None:
+    """Tell the garbage collector that what is loaded stays. It takes a second to look through the
+    libraries, at the end of every stopped job and whenever it likes, and holds every thread meanwhile.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _free() -> None:

@@ -106,9 +106,16 @@ def of_validation(errors: Sequence[Any], known: Sequence[str]) -> Refused:
             param=param,
             code="unknown_parameter",
         )
+    if first["type"] == "json_invalid":
+        return Refused(400, f"no JSON: {_reason(first)}", code="invalid_json")
     message = str(first["msg"]).removeprefix("Value error, ")
     told = message[:1].lower() + message[1:]
     return Refused(400, f"{param}: {told}" if param else told, param=param, code="invalid_value")
+
+
+def _reason(error: Any) -> str:
+    """What the parser says, and where."""
+    return f"{_lowered(str(error['ctx']['error']))} at character {error['loc'][-1]}"
 
 
 def install(app: FastAPI, known: Sequence[str]) -> None:
@@ -125,7 +132,9 @@ def install(app: FastAPI, known: Sequence[str]) -> None:
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         headers = error.headers or {}
-        return Refused(error.status_code, _lowered(error.detail), headers=headers).answer
+        # "Not Found" is a title, what we raise ourselves a sentence.
+        told = error.detail.lower() if error.detail.istitle() else error.detail
+        return Refused(error.status_code, told, headers=headers).answer
 
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(RequestValidationError, invalid)

@@ -1,6 +1,7 @@
 """A real server on loopback with the bundled pipeline: what clients get, and what it survives."""
 
 import base64
+import gc
 import io
 import json
 import socket
@@ -19,6 +20,7 @@ from PIL import Image
 from diffquant import loading, run
 from diffquant.preset import for_model
 from diffquant.resolve import ModelFlags
+from diffquant.serve.engine import Engine, Origin
 from diffquant.serve.settings import Limits
 from tests.serving import Served, decoded, serving, until
 
@@ -333,6 +335,16 @@ def test_a_hostile_body_is_a_400_and_the_next_request_is_right(
     assert served.pixels(**SHORT) == truth
 
 
+def test_what_is_no_json_and_what_lies_nowhere_is_said_in_plain_words(served: Served) -> None:
+    answer = served.http.post(
+        "/v1/images/generations", content='{"a":', headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "no JSON: expecting value at character 5"
+    nowhere = served.http.get("/v1/pictures")
+    assert nowhere.json()["error"]["message"] == "not found"
+
+
 def test_a_body_that_is_too_large_is_stopped_with_or_without_its_length(served: Served) -> None:
     big = json.dumps({"prompt": "x" * 300_000}).encode()
     assert served.http.post("/v1/images/generations", content=big).status_code == 413
@@ -387,6 +399,14 @@ def test_an_idle_model_is_let_go_and_comes_back(pipeline: Any, truth: bytes) -> 
         assert idle.http.get("/ready").json()["loaded"] is False
         assert idle.pixels(**SHORT) == truth
         assert len(loads) == 2
+
+
+def test_what_is_loaded_is_spared_the_garbage_collector_until_it_is_let_go(pipeline: Any) -> None:
+    engine = Engine(Origin(load=lambda: pipeline, defaults={}, flags={}))
+    engine.open()
+    assert gc.get_freeze_count() > 0
+    engine.close()
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_server_told_to_stop_finishes_what_it_has(pipeline: Any, truth: bytes) -> None:
