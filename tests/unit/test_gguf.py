@@ -21,8 +21,9 @@ from diffquant.converters._options import Reading
 from diffquant.converters.dequantize import dequantize
 from diffquant.encodings import ENCODINGS
 from diffquant.encodings._ggml import SIZES
-from diffquant.errors import FormatError, PlanError
+from diffquant.errors import FormatError, HeaderError, PlanError
 from diffquant.families import FAMILIES
+from diffquant.formats import NO_HINTS
 from diffquant.formats.gguf import FORMAT
 from diffquant.kernels import KERNELS, Spec
 from diffquant.pieces import dense
@@ -179,6 +180,19 @@ def test_a_text_encoder_in_llama_cpp_s_names_is_refused(tmp_path: Path) -> None:
         planned(path, {})
 
 
+def test_more_axes_than_any_writer_knows_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.gguf", {"a.weight": plain(torch.ones(1, 1, 1, 1, 1, 2))})
+    with pytest.raises(HeaderError, match=r"'a\.weight' .* has 6 axes"):
+        opened(path)
+
+
+def test_blocks_that_lie_across_rows_are_refused(tmp_path: Path) -> None:
+    reshaped = headers.Tensor("a.weight", "GGML_Q4_K", (4, 64), 0, 0, 144)
+    header = headers.Header((), {"a.weight": reshaped})
+    with pytest.raises(FormatError, match="rows of 64 columns, which Q4_K blocks of 256"):
+        FORMAT.read(Checkpoint(origin="a", root=tmp_path, files=()), header, NO_HINTS)
+
+
 def test_sizes_that_were_written_the_wrong_way_round_are_refused(tmp_path: Path) -> None:
     model = tiny.tiny_flux().transformer
     stored = quantized(model.state_dict())
@@ -298,6 +312,15 @@ def test_wan_in_its_own_names_with_a_convolution_of_five_axes(tmp_path: Path) ->
     loaded = diffquant.load(str(base), transformer_weights_path=str(path), device="cpu").transformer
     assert loaded.blocks[0].attn1.to_q.layer.encodings == ("ggml_q8_0",)
     assert torch.equal(loaded.patch_embedding.weight, state["patch_embedding.weight"])
+
+
+def test_a_compiled_layer_is_one_graph_and_the_same(base: Path, bfl: Path) -> None:
+    loaded = diffquant.load(str(base), transformer_path=str(bfl), device="cpu").transformer
+    layer = loaded.transformer_blocks[0].attn.to_q
+    compiled: Any = torch.compile(layer, fullgraph=True, backend="eager")
+    x_MK = torch.randn(3, 128).bfloat16()
+    with torch.inference_mode():
+        assert torch.equal(compiled(x_MK), layer(x_MK))
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
