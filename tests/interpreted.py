@@ -213,9 +213,13 @@ def layers(name: str) -> Iterator[dict[str, Any]]:
 
 
 def linear(
-    name: str, kind: Kind, shape_NK: tuple[int, int], parts: dict[Role, Tensor]
+    name: str,
+    kind: Kind,
+    shape_NK: tuple[int, int],
+    parts: dict[Role, Tensor],
+    dtype: torch.dtype = torch.float32,
 ) -> QuantLinear:
-    """The layer as a kernel multiplies it, in float32."""
+    """The layer as a kernel multiplies it, in a model of that dtype."""
     assert kind.activation is not None
     piece = Piece(
         encoding=kind.encoding,
@@ -234,8 +238,8 @@ def linear(
         layer,
         [parts],
         [kernel.build(spec_of(piece, kind.activation, kernel.fuses))],
-        bias=torch.arange(shape_NK[0]) / 8,
-        dtype=torch.float32,
+        bias=torch.arange(shape_NK[0], device=parts[Role.CODES].device) / shape_NK[0],
+        dtype=dtype,
         float32=kernel.float32,
         holdings=[Holding(kernel.fuses)],
     )

@@ -1,0 +1,135 @@
+"""A FLUX.1-shaped transformer in plain torch, for machines without diffusers: random weights, true widths.
+
+19 double and 38 single blocks of width 3072, 24 heads, 12 billion parameters, with the modulation,
+attention, rotary positions and MLPs of FLUX.1. What it computes is no picture; what it costs is.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention, silu
+
+WIDTH, HEADS, MLP = 3072, 24, 12288
+DOUBLE, SINGLE = 19, 38
+IMAGE, TEXT = 4096, 512
+
+#: path, N, K -> the linear there
+Make = Callable[[str, int, int], nn.Module]
+
+
+class Stream(nn.Module):
+    """One of the two streams of a double block: what of it is the stream's own."""
+
+    def __init__(self, path: str, make: Make) -> None:
+        super().__init__()
+        self.modulation = make(f"{path}.modulation", 6 * WIDTH, WIDTH)
+        self.q, self.k, self.v, self.out = (
+            make(f"{path}.{name}", WIDTH, WIDTH) for name in ("q", "k", "v", "out")
+        )
+        self.up = make(f"{path}.up", MLP, WIDTH)
+        self.down = make(f"{path}.down", WIDTH, MLP)
+
+    def heads(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = modulated(x, shift, scale)
+        return split(self.q(h)), split(self.k(h)), split(self.v(h))
+
+    def after(self, x: Tensor, attended: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
+        gate, shift, scale, gate_mlp = parts
+        x = x + gate * self.out(attended)
+        hidden = gelu(self.up(modulated(x, shift, scale)), approximate="tanh")
+        return x + gate_mlp * self.down(hidden)
+
+
+class Double(nn.Module):
+    """Two streams that attend to each other."""
+
+    def __init__(self, path: str, make: Make) -> None:
+        super().__init__()
+        self.image, self.text = Stream(f"{path}.image", make), Stream(f"{path}.text", make)
+
+    def forward(
+        self, image: Tensor, text: Tensor, vector: Tensor, turns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        of_image = self.image.modulation(silu(vector))[:, None].chunk(6, -1)
+        of_text = self.text.modulation(silu(vector))[:, None].chunk(6, -1)
+        both = zip(
+            self.text.heads(text, *of_text[:2]), self.image.heads(image, *of_image[:2]), strict=True
+        )
+        q, k, v = (torch.cat(pair, 2) for pair in both)
+        attended = attention(q, k, v, turns)
+        words = text.shape[1]
+        return (
+            self.image.after(image, attended[:, words:], of_image[2:]),
+            self.text.after(text, attended[:, :words], of_text[2:]),
+        )
+
+
+class Single(nn.Module):
+    """One stream; attention and MLP beside each other."""
+
+    def __init__(self, path: str, make: Make) -> None:
+        super().__init__()
+        self.modulation = make(f"{path}.modulation", 3 * WIDTH, WIDTH)
+        self.q, self.k, self.v = (make(f"{path}.{name}", WIDTH, WIDTH) for name in "qkv")
+        self.up = make(f"{path}.up", MLP, WIDTH)
+        self.out = make(f"{path}.out", WIDTH, WIDTH + MLP)
+
+    def forward(self, x: Tensor, vector: Tensor, turns: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(silu(vector))[:, None].chunk(3, -1)
+        h = modulated(x, shift, scale)
+        attended = attention(split(self.q(h)), split(self.k(h)), split(self.v(h)), turns)
+        hidden = gelu(self.up(h), approximate="tanh")
+        return x + gate * self.out(torch.cat((attended, hidden), -1))
+
+
+class Flux(nn.Module):
+    """The blocks; image, text [1, tokens, 3072] and vector [1, 3072] -> image."""
+
+    def __init__(self, make: Make, double: int = DOUBLE, single: int = SINGLE) -> None:
+        super().__init__()
+        self.doubles = nn.ModuleList(Double(f"double.{at}", make) for at in range(double))
+        self.singles = nn.ModuleList(Single(f"single.{at}", make) for at in range(single))
+
+    def forward(self, image: Tensor, text: Tensor, vector: Tensor, turns: Tensor) -> Tensor:
+        for block in self.doubles:
+            image, text = block(image, text, vector, turns)
+        x = torch.cat((text, image), 1)
+        for block in self.singles:
+            x = block(x, vector, turns)
+        return x[:, text.shape[1] :]
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return layer_norm(x, (WIDTH,)) * (1 + scale) + shift
+
+
+def split(x: Tensor) -> Tensor:
+    """[1, tokens, 3072] -> [1, heads, tokens, 128]."""
+    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> Tensor:
+    out = scaled_dot_product_attention(turned(q, turns), turned(k, turns), v)
+    return out.transpose(1, 2).flatten(2)
+
+
+def turned(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotary positions; turns [2, tokens, 64] are cosine and sine."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = turns
+    return torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), -1).flatten(-2)
+
+
+def inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A step of 1024 x 1024 pixels and 512 words, in bfloat16."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).bfloat16()
+
+    angles = torch.arange(TEXT + IMAGE, device=device)[:, None] / 10000 ** (
+        torch.arange(64, device=device) / 64
+    )
+    turns = torch.stack((angles.cos(), angles.sin())).bfloat16()
+    return normal(1, IMAGE, WIDTH), normal(1, TEXT, WIDTH), normal(1, WIDTH), turns
