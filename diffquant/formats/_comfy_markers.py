@@ -7,6 +7,7 @@ from typing import Any
 
 from diffquant.errors import FormatError
 from diffquant.formats._comfy_kinds import KINDS
+from diffquant.formats._json import json_value
 from diffquant.headers import Header, Tensor
 
 METADATA = "_quantization_metadata"
@@ -91,10 +92,7 @@ def metadata_layers(header: Header) -> Mapping[str, Any]:
     text = header.metadata.get(METADATA)
     if text is None:
         return {}
-    try:
-        block = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"header metadata {METADATA} is not valid JSON: {error}") from None
+    block = json_value(text, f"header metadata {METADATA}")
     layers = block.get("layers") if isinstance(block, Mapping) else None
     return layers if isinstance(layers, Mapping) else {}
 

@@ -3,13 +3,13 @@
 `config_groups` has one entry per way of quantizing; see `compressed_tensors` for the tensors.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from diffquant.errors import FormatError
+from diffquant.formats._json import blocks
 from diffquant.headers import Header
 from diffquant.plan import Layout, Role
 from diffquant.sources import Checkpoint
@@ -59,22 +59,12 @@ class Group:
 
 
 def declared(checkpoint: Checkpoint, header: Header) -> tuple[str, Mapping[str, Any]] | None:
+    """The configuration that says it is ours, and where it says so."""
     for key in KEYS:
-        blocks = {
-            f"config.json {key}": checkpoint.config.get(key),
-            f"header metadata {key}": _json(key, header.metadata.get(key)),
-        }
-        for where, block in blocks.items():
-            if isinstance(block, Mapping) and block.get("quant_method") == METHOD:
+        for where, block in blocks(checkpoint, header, key):
+            if block.get("quant_method") == METHOD:
                 return where, block
     return None
-
-
-def _json(key: str, text: str | None) -> Any:
-    try:
-        return None if text is None else json.loads(text)
-    except (ValueError, RecursionError):
-        raise FormatError(f"header metadata {key} is not valid JSON") from None
 
 
 def require_known(where: str, block: Mapping[str, Any]) -> None:

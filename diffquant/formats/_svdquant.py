@@ -19,11 +19,9 @@ Precision and rank are read from the tensors of each layer; what metadata, a nam
 about them is an expectation that the tensors confirm or refute.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from diffquant.errors import FormatError
 from diffquant.formats import StoredLayer, StoredPart
@@ -222,17 +220,6 @@ def require_rank(promised: int | None, found: Mapping[int, int], who: str) -> No
         f"{who} says rank {promised}, and the layers have rank {most}",
         hint=f"--quantization-rank {most}",
     )
-
-
-def json_object(text: str, where: str) -> Mapping[str, Any]:
-    """The object in a metadata value. Raises FormatError when there is none."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(found, Mapping):
-        raise FormatError(f"{where} holds no JSON object")
-    return found
 
 
 def _parts(name: str, header: Header, layouts: Layouts) -> Iterator[StoredPart]:

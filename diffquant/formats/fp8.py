@@ -14,13 +14,13 @@ with scales belong to no format: which activations they want would be a guess.
 Source: SGLang's and vLLM's fp8 loaders as described in public.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from diffquant.errors import FormatError
 from diffquant.formats import Export, Format, Hints, Outgoing, Reading, StoredLayer, StoredPart
 from diffquant.formats._comfy_kinds import FP8_ENCODINGS
+from diffquant.formats._json import blocks
 from diffquant.formats._outgoing import (
     BIAS,
     DENSE_SPELLING,
@@ -60,21 +60,8 @@ def _read(checkpoint: Checkpoint, header: Header, hints: Hints) -> Reading:
 
 
 def _declared(checkpoint: Checkpoint, header: Header) -> tuple[str, Mapping[str, Any]] | None:
-    blocks = {
-        f"config.json {KEY}": checkpoint.config.get(KEY),
-        f"header metadata {KEY}": _json(header.metadata.get(KEY)),
-    }
-    for where, block in blocks.items():
-        if isinstance(block, Mapping) and _is_ours(block):
-            return where, block
-    return None
-
-
-def _json(text: str | None) -> Any:
-    try:
-        return None if text is None else json.loads(text)
-    except (ValueError, RecursionError):
-        raise FormatError(f"header metadata {KEY} is not valid JSON") from None
+    found = blocks(checkpoint, header, KEY)
+    return next(((where, block) for where, block in found if _is_ours(block)), None)
 
 
 def _is_ours(block: Mapping[str, Any]) -> bool:

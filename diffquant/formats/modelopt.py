@@ -23,7 +23,6 @@ where shape does not tell, the order is left open.
 Source: running the exporter; what is read from its releases is said where it matters.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -40,6 +39,7 @@ from diffquant.formats import (
     StoredLayer,
     StoredPart,
 )
+from diffquant.formats._json import json_object
 from diffquant.formats._outgoing import (
     BIAS,
     PLAIN_LINEAR,
@@ -146,20 +146,13 @@ def _declarations(
         yield "config.json quantization_config", block
     side = checkpoint.sidecars.get("hf_quant_config.json")
     if side is not None:
-        yield "hf_quant_config.json", _nested(_json(side.read_text("utf-8", "replace"), str(side)))
+        yield (
+            "hf_quant_config.json",
+            _nested(json_object(side.read_text("utf-8", "replace"), str(side))),
+        )
     text = header.metadata.get("quantization_config")
     if text is not None:
-        yield "header metadata quantization_config", _nested(_json(text, "header metadata"))
-
-
-def _json(text: str, where: str) -> Mapping[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where} is not readable JSON: {error}") from error
-    if not isinstance(value, Mapping):
-        raise FormatError(f"{where} holds a {type(value).__name__}, an object was needed")
-    return value
+        yield "header metadata quantization_config", _nested(json_object(text, "header metadata"))
 
 
 def _nested(block: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -27,6 +27,7 @@ from diffquant import headers
 from diffquant.errors import FormatError
 from diffquant.families import FAMILIES
 from diffquant.formats import Export, Format, Hints, OpenPart, Outgoing, Reading, StoredLayer
+from diffquant.formats._json import json_object
 from diffquant.formats._outgoing import (
     BIAS,
     DENSE_SPELLING,
@@ -47,7 +48,6 @@ from diffquant.formats._svdquant import (
     ROWS,
     awq_layer,
     awq_names,
-    json_object,
     ranks,
     require_precision,
     require_rank,

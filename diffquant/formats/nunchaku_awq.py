@@ -13,7 +13,8 @@ from collections.abc import Iterator
 
 from diffquant.errors import FormatError
 from diffquant.formats import Format, Hints, Reading, StoredLayer, StoredPart
-from diffquant.formats._svdquant import AWQ, awq_encoding, json_object
+from diffquant.formats._json import json_object
+from diffquant.formats._svdquant import AWQ, awq_encoding
 from diffquant.headers import Header
 from diffquant.plan import Role
 from diffquant.sources import Checkpoint

@@ -18,13 +18,13 @@ from typing import Any
 
 from diffquant.errors import FormatError
 from diffquant.formats import Format, Hints, Reading, StoredLayer
+from diffquant.formats._json import json_object
 from diffquant.formats._svdquant import (
     PACKED,
     ROWS,
     Layouts,
     awq_layer,
     awq_names,
-    json_object,
     ranks,
     require_precision,
     require_rank,
