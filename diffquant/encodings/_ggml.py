@@ -112,7 +112,7 @@ def fields(packed: "Tensor", bits: int, run: int) -> "Tensor":
 
 
 def single_bits(packed: "Tensor") -> "Tensor":
-    """Bytes [B, n] as their bits, lowest first, uint8 [B, 8 n]: `fields` of one bit and runs of one.
+    """Bytes [B, n] as their bits, lowest first, uint8 [B, 8 n]: `fields` of one bit, runs of one.
 
     A byte is copied to eight, bit b kept in copy b, and what is not zero there carried to its top.
     """

@@ -1,11 +1,11 @@
-"""ggml IQ4_XS: 256 columns in 8 groups with scales of 6 bits, codes of 4 bits number unequal levels.
+"""ggml IQ4_XS: 256 columns in 8 groups with 6-bit scales, codes of 4 bits number unequal levels.
 
     codes   (N, K / 256 * 136)   uint8   blocks of 136 bytes, 4.25 bits per weight
 
         d    0   float16     scale of the scales
-        t    2   2 bytes     two upper bits of the scales, group 0 in the lowest ones of the first byte
-        s    4   4 bytes     four lower bits, group 0 in the low nibble of the first byte
-        q    8   128 bytes   16 at a time hold 32 columns: low nibbles the first 16, high ones the others
+        t    2   2 bytes     upper two bits of the scales, group 0 lowest in the first byte
+        s    4   4 bytes     lower four bits, group 0 lowest in the first byte
+        q    8   128 bytes   16 at a time hold 32 columns: low nibbles 0-15, high ones 16-31
 
 weight = d * (s + 16 t - 32) * IQ4_LEVELS[q]
 """

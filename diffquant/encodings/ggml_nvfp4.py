@@ -1,11 +1,11 @@
-"""ggml NVFP4: 64 columns in 4 groups with scales in E4M3, codes are E2M1. No scale of the whole.
+"""ggml NVFP4: 64 columns in 4 groups with E4M3 scales, codes are E2M1.
 
     codes   (N, K / 64 * 36)   uint8   blocks of 36 bytes, 4.5 bits per weight
 
         s  0   4 bytes    scales of the groups, E4M3 without sign; 0x7f is zero
-        q  4   32 bytes   8 at a time hold 16 columns: low nibbles the first 8, high ones the others
+        q  4   32 bytes   8 at a time hold 16 columns: low nibbles 0-7, high ones 8-15
 
-weight = s * e2m1(q), made as twice the number times half the scale.
+weight = s * e2m1(q), made as twice the number times half the scale. There is no scale of the whole.
 """
 
 from typing import TYPE_CHECKING

@@ -1,9 +1,9 @@
-"""ggml Q2_K: 256 columns in 16 groups, each with a scale and a minimum of 4 bits; codes of 2 bits.
+"""ggml Q2_K: 256 columns in 16 groups with 4-bit scales and minima, codes of 2 bits.
 
     codes   (N, K / 256 * 84)   uint8   blocks of 84 bytes, 2.625 bits per weight
 
         s    0   16 bytes   of each group: its scale in the low nibble, its minimum in the high one
-        q   16   64 bytes   32 at a time hold 128 columns: the lowest two bits columns 0-31, the next 32-63 …
+        q   16   64 bytes   32 at a time hold 128 columns: lowest two bits 0-31, next 32-63 …
         d   80   float16    scale of the scales
         m   82   float16    scale of the minima
 

@@ -5,8 +5,8 @@
         d  0   float16    scale
         q  2   16 bytes   low nibbles are columns 0-15, high ones 16-31
 
-weight = d * (q - 8). Written with d = -1/8 of the number of largest magnitude, as ggml does, so that
-it has code 0 and the full range is used; codes are rounded half up.
+weight = d * (q - 8). Written as ggml does: d is -1/8 of the number of largest magnitude, which so
+has code 0, and codes are rounded half up.
 """
 
 from typing import TYPE_CHECKING

@@ -1,11 +1,11 @@
-"""ggml Q4_K: 256 columns in 8 groups, each with a scale and a minimum of 6 bits; codes of 4 bits.
+"""ggml Q4_K: 256 columns in 8 groups with 6-bit scales and minima, codes of 4 bits.
 
     codes   (N, K / 256 * 144)   uint8   blocks of 144 bytes, 4.5 bits per weight
 
         d    0   float16     scale of the scales
         m    2   float16     scale of the minima
         s    4   12 bytes    scales and minima, see `six_bit_pairs`
-        q   16   128 bytes   32 at a time hold 64 columns: low nibbles the first 32, high ones the others
+        q   16   128 bytes   32 at a time hold 64 columns: low nibbles 0-31, high ones 32-63
 
 weight = d * scale * q - m * minimum
 """

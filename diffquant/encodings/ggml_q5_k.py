@@ -1,4 +1,4 @@
-"""ggml Q5_K: 256 columns in 8 groups, each with a scale and a minimum of 6 bits; codes of 5 bits.
+"""ggml Q5_K: 256 columns in 8 groups with 6-bit scales and minima, codes of 5 bits.
 
     codes   (N, K / 256 * 176)   uint8   blocks of 176 bytes, 5.5 bits per weight
 
@@ -6,7 +6,7 @@
         m    2   float16     scale of the minima
         s    4   12 bytes    scales and minima, see `six_bit_pairs`
         h   16   32 bytes    fifth bits: bit b of byte i is that of column 32 b + i
-        q   48   128 bytes   32 at a time hold 64 columns: low nibbles the first 32, high ones the others
+        q   48   128 bytes   32 at a time hold 64 columns: low nibbles 0-31, high ones 32-63
 
 weight = d * scale * (q + 16 h) - m * minimum
 """

@@ -2,9 +2,8 @@
 
     codes   (N, K / 256 * 210)   uint8   blocks of 210 bytes, 6.5625 bits per weight
 
-        q    0   128 bytes   64 at a time hold 128 columns: low nibbles the first 64, high ones the others
-        h  128   64 bytes    32 at a time hold two more bits of 128 columns: the lowest two of columns 0-31,
-                             the next of 32-63 …
+        q    0   128 bytes   64 at a time hold 128 columns: low nibbles 0-63, high ones 64-127
+        h  128   64 bytes    two more bits, 32 at a time for 128 columns: lowest 0-31, next 32-63 …
         s  192   16 int8     scales of the groups
         d  208   float16     scale of the scales
 

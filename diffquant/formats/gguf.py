@@ -77,8 +77,8 @@ def _layer(tensor: Tensor) -> StoredLayer:
     values, width = SIZES[tensor.dtype]
     if columns % values:
         raise FormatError(
-            f"{tensor.name!r} has rows of {columns} columns, which {_type(tensor)} blocks of {values} "
-            "do not divide",
+            f"{tensor.name!r} has rows of {columns} columns, which {_type(tensor)} blocks of "
+            f"{values} do not divide",
             hint="ComfyUI-GGUF writes SD1 and SDXL so, and neither is a diffusion transformer",
         )
     layout = Layout("blocks", (("bytes", str(width)), ("values", str(values))))

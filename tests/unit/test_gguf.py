@@ -30,7 +30,7 @@ from diffquant.pieces import dense
 from diffquant.plan import Encoding, Plan, Role
 from diffquant.sources import Checkpoint
 from diffquant.tensors import Weights
-from tests import gguf_files, tiny
+from tests import gguf_files, published, tiny
 from tests.gguf_files import plain, q8_0, quantized, random_blocks, random_codes, respelled, write
 
 TYPES = [name for name in ENCODINGS.names() if ENCODINGS.load(name).scales_inside]
@@ -224,6 +224,36 @@ def test_a_deep_audit_finds_a_scale_that_is_no_number(tmp_path: Path) -> None:
     assert audit(plans[whole], opened(whole)[1], deep=True) == ()
     (problem,) = audit(plans[broken], opened(broken)[1], deep=True)
     assert problem.tensor == f"{TO_Q}.weight"
+
+
+PUBLISHED = {
+    "flux1": "bfl",
+    "flux2": "bfl",
+    "hunyuan_video": "original",
+    "ltx2": "original",
+    "qwen_image": "diffusers",
+    "wan": "original",
+    "z_image": "original",
+}
+
+
+@pytest.mark.parametrize(("name", "naming"), PUBLISHED.items())
+def test_a_lone_file_of_published_size_is_whole(name: str, naming: str, tmp_path: Path) -> None:
+    family = FAMILIES.load(name)
+    shapes = published.fused(family, naming, family.inventory({}))
+    tensors = {
+        stored: headers.Tensor(stored, dtype_of(stored, shape), shape, 0, 0, 0)
+        for stored, shape in shapes.items()
+    }
+    source = Checkpoint(origin=name, root=tmp_path, files=())
+    plan = planner.plan(source, headers.Header((), tensors), config={})
+    assert plan.family == name
+    assert len(plan.quantized) > 200
+
+
+def dtype_of(name: str, shape: tuple[int, ...]) -> str:
+    whole = name.endswith(".weight") and len(shape) == 2 and shape[1] % 256 == 0
+    return "GGML_Q4_K" if whole else "F32"
 
 
 # end to end --------------------------------------------------------------------------------------
