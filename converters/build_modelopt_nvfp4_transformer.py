@@ -15,13 +15,14 @@ takes it. One layer is held against the base first, so a wrong order or a wrong 
 --from-bf16 needs no ModelOpt and gives the codes and scales that ModelOpt's export of the same weights
 has, byte for byte; --calibrate or --calibration adds the scales of inputs. --dialect compressed_tensors
 writes them for vLLM: X.weight_packed, and X.weight_global_scale and X.input_global_scale, which divide.
+--dialect comfy writes one .safetensors file for ComfyUI, with the bytes that comfy-kitchen makes.
 
 Options are those of SGLang's tool of the same name, which this replaces.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
@@ -41,7 +42,7 @@ from diffquant.converters._options import (
 from diffquant.converters._report import compared, tell
 from diffquant.errors import ConvertError, UsageError
 from diffquant.families import FAMILIES
-from diffquant.formats import Hints
+from diffquant.formats import FORMATS, Hints
 from diffquant.online import Stay
 from diffquant.plan import Encoding, LayerPlan, Part, Piece, Plan, TensorRef
 
@@ -49,10 +50,28 @@ ENCODING = "nvfp4"
 #: What --pattern-preset stands for where it is not typed: the peer's tool keeps nothing of an
 #: export; plain weights have not been chosen from yet.
 NOTHING, FAMILY = "none", "auto"
-#: Dialects of plain weights: in some the scale of the tensor divides.
-DIALECTS: Mapping[str, Encoding] = {
-    "modelopt": Encoding(ENCODING),
-    "compressed_tensors": Encoding(ENCODING, (("tensor_scale", "divide"),)),
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spelling:
+    """How a dialect's own tool makes NVFP4.
+
+    encoding    in some the scale of the tensor divides
+    arithmetic  whose order of rounding
+    shared_by   the format whose stored weights are quantized as one each; None: q, k and v share a
+                tensor scale wherever they lie
+    """
+
+    encoding: Encoding = Encoding(ENCODING)
+    arithmetic: str = "modelopt"
+    shared_by: str | None = None
+
+
+#: Dialects of plain weights.
+DIALECTS: Mapping[str, Spelling] = {
+    "modelopt": Spelling(),
+    "compressed_tensors": Spelling(encoding=Encoding(ENCODING, (("tensor_scale", "divide"),))),
+    "comfy": Spelling(arithmetic="comfy", shared_by="comfy"),
 }
 #: NVFP4 loses a tenth; another order of nibbles, or another model, loses everything.
 MUCH = 0.5
@@ -130,23 +149,45 @@ def _preset(name: str, family: str) -> preset.Preset | None:
     return preset.for_algorithm(family, "modelopt_nvfp4") if name == FAMILY else preset.find(name)
 
 
-def _stored_as(plan: Plan, encoding: Encoding) -> Plan:
+def _stored_as(plan: Plan, spelling: Spelling) -> Plan:
     """The plan with NVFP4 spelled that way, of inputs too where their scale is stored."""
+    together = {} if spelling.shared_by is None else _stored_together(plan, spelling.shared_by)
     layers = tuple(
-        replace(layer, pieces=tuple(_respelled(piece, encoding) for piece in layer.pieces))
+        replace(
+            layer,
+            pieces=tuple(
+                _respelled(piece, spelling, together.get((layer.path, number)))
+                for number, piece in enumerate(layer.pieces)
+            ),
+        )
         for layer in plan.layers
     )
     return replace(plan, layers=layers)
 
 
-def _respelled(piece: Piece, encoding: Encoding) -> Piece:
+def _stored_together(plan: Plan, name: str) -> dict[tuple[str, int], str]:
+    """Pieces of the plan that the format stacks -> the weight they are stacked in."""
+    write = FORMATS.load(name).write
+    assert write is not None, "DIALECTS names formats that are written"
+    several = (layer for layer in write(plan).layers if len(layer.members) > 1)
+    return {member: layer.name for layer in several for member in layer.members}
+
+
+def _respelled(piece: Piece, spelling: Spelling, together: str | None) -> Piece:
     recode = piece.recode
     if recode is None:
         return piece
     activation = recode.activation
     if activation is not None and activation.mode == "static":
-        activation = replace(activation, number=str(encoding))
-    return replace(piece, recode=replace(recode, encoding=encoding, activation=activation))
+        activation = replace(activation, number=str(spelling.encoding))
+    spelled = replace(
+        recode,
+        encoding=spelling.encoding,
+        activation=activation,
+        arithmetic=spelling.arithmetic,
+        shared_amax=recode.shared_amax if spelling.shared_by is None else together,
+    )
+    return replace(piece, recode=spelled)
 
 
 # an export -----------------------------------------------------------------------------------------

@@ -174,6 +174,7 @@ class Recode:
     samples      rows of true input of the layer, [M, K], that smoothing is chosen by
     bias_offsets those a dialect stores the bias with: a made one is what comes back from there
     input_amax   largest magnitude calibration saw of the input; INPUT_SCALE is made from it
+    arithmetic   whose order of rounding, where tools differ in it
     """
 
     encoding: Encoding
@@ -189,6 +190,7 @@ class Recode:
     rounds: int | None = None
     bias_offsets: tuple["BiasOffset", ...] = ()
     input_amax: float | None = None
+    arithmetic: str = "modelopt"
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,12 +28,14 @@ class Recipe:
                  `group` block
     scale        a given tensor scale (or outer scale) instead of one taken from the values
     unsigned     4-bit activations behind GELU: codes 0..15 instead of -8..7
+    arithmetic   whose order of rounding, where tools differ (`nvfp4.ARITHMETIC`)
     """
 
     granularity: Granularity
     group: int | None = None
     scale: "Tensor | None" = None
     unsigned: bool = False
+    arithmetic: str = "modelopt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

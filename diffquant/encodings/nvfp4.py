@@ -13,9 +13,13 @@ The outer scale is a tensor scale, a channel scale, or both. Options:
 
 Sources: ModelOpt 0.47 exports (bit-equal); Nunchaku's rule for `outer=none`, where the block scale
 is min(amax / 6, 448) rounded to e4m3 and the codes come from the unrounded one.
+
+Tools that agree on all this still round in another order, which moves some thousandths of the codes by
+one: `ARITHMETIC` has the order of each, compared byte for byte (`python -m benchmarks convert`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from diffquant.encodings import Codec, Recipe
@@ -30,6 +34,7 @@ from diffquant.encodings._scales import (
     decode_rows,
     divided_rows,
     group_grid,
+    row_spans,
     tensor_grid,
 )
 from diffquant.errors import PlanError
@@ -40,6 +45,29 @@ if TYPE_CHECKING:
 
 LARGEST_SCALE = 448.0
 SMALLEST_SCALE = 2.0**-9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arithmetic:
+    """One tool's way from numbers to codes under an outer scale.
+
+    in_steps   block scale (amax / 6) / outer, instead of amax / (6 outer)
+    inverted   codes from value * ((1 / outer) / block), instead of value / (block outer)
+    smallest   no block scale is below it
+    empty      block scale of zeros; anything would do, because their codes are zero
+    """
+
+    in_steps: bool = True
+    inverted: bool = False
+    smallest: float
+    empty: float
+
+
+ARITHMETIC: Mapping[str, Arithmetic] = {
+    "modelopt": Arithmetic(in_steps=False, smallest=SMALLEST_SCALE, empty=1.0),
+    "comfy": Arithmetic(smallest=0.0, empty=0.0),
+    "torchao": Arithmetic(inverted=True, smallest=2.0**-6, empty=0.0),
+}
 
 
 def decode(
@@ -67,8 +95,10 @@ def encode(values_NK: "Tensor", encoding: Encoding, recipe: Recipe) -> "dict[Rol
     divides = encoding.option("tensor_scale", "multiply") == "divide"
     most = amax(values_NK, cell)
     outer = _outer(most, (len(values_NK), values_NK.shape[1]), recipe, divides)
-    block = _block_scale(most.float(), outer)
-    codes = _codes(values_NK, Grid(block.float(), cell), outer)
+    arithmetic = ARITHMETIC[recipe.arithmetic]
+    block = _block_scale(most.float(), outer, arithmetic)
+    scales = Grid(block.float(), cell), outer
+    codes = (_inverted_codes if arithmetic.inverted else _codes)(values_NK, *scales)
     role = Role.TENSOR_SCALE if outer.values.ndim == 0 else Role.CHANNEL_SCALE
     told = outer.values.squeeze()
     return {Role.CODES: codes, Role.BLOCK_SCALE: block, role: 1 / told if divides else told}
@@ -108,13 +138,15 @@ def _outer(most: "Tensor", shape_NK: tuple[int, int], recipe: Recipe, divides: b
     return tensor_grid(given, shape_NK) if given.numel() == 1 else channel_grid(given, shape_NK)
 
 
-def _block_scale(most: "Tensor", outer: Grid) -> "Tensor":
+def _block_scale(most: "Tensor", outer: Grid, arithmetic: Arithmetic) -> "Tensor":
     from torch import float8_e4m3fn
 
-    scale = most / (e2m1.LARGEST * outer.values)
-    # ModelOpt writes 1 for a block of zeros; anything would do, because its codes are zero.
-    scale = scale.masked_fill_(most == 0, 1.0)
-    return scale.clamp_(SMALLEST_SCALE, LARGEST_SCALE).to(float8_e4m3fn)
+    if arithmetic.in_steps:
+        scale = most / e2m1.LARGEST / outer.values
+    else:
+        scale = most / (e2m1.LARGEST * outer.values)
+    scale = scale.masked_fill_(most == 0, arithmetic.empty)
+    return scale.clamp_(arithmetic.smallest, LARGEST_SCALE).to(float8_e4m3fn)
 
 
 def _without_outer(values_NK: "Tensor", cell: Cell) -> "dict[Role, Tensor]":
@@ -126,10 +158,21 @@ def _without_outer(values_NK: "Tensor", cell: Cell) -> "dict[Role, Tensor]":
 
 
 def _codes(values_NK: "Tensor", *scales: Grid) -> "Tensor":
+    return _packed(values_NK, divided_rows(values_NK, *scales))
+
+
+def _inverted_codes(values_NK: "Tensor", block: Grid, outer: Grid) -> "Tensor":
+    inverse = Grid(1 / outer.values / block.values, block.cell)
+    spans = row_spans((len(values_NK), values_NK.shape[1]))
+    rows = ((span, inverse.over(span, values_NK.shape[1])) for span in spans)
+    return _packed(values_NK, ((span, values_NK[span].float() * over) for span, over in rows))
+
+
+def _packed(values_NK: "Tensor", ratios: "Iterator[tuple[slice, Tensor]]") -> "Tensor":
     from torch import uint8
 
     codes = values_NK.new_empty(len(values_NK), -(-values_NK.shape[1] // 2), dtype=uint8)
-    for rows, ratio in divided_rows(values_NK, *scales):
+    for rows, ratio in ratios:
         codes[rows] = packed(e2m1.codes(ratio))
     return codes
 

@@ -40,5 +40,10 @@ def _encode(weight_NK: Tensor, recode: Recode, scale: Tensor | None) -> dict[Rol
     codec = ENCODINGS.load(recode.encoding.name)
     if codec.encode is None:
         raise PlanError(f"nothing writes {recode.encoding}")
-    recipe = Recipe(granularity=recode.granularity, group=recode.group, scale=scale)
+    recipe = Recipe(
+        granularity=recode.granularity,
+        group=recode.group,
+        scale=scale,
+        arithmetic=recode.arithmetic,
+    )
     return codec.encode(weight_NK, recode.encoding, recipe)

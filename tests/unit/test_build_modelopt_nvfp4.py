@@ -13,8 +13,9 @@ from torch import Tensor
 from diffquant import headers, planner, sources
 from diffquant.converters._options import Calibration, Writing
 from diffquant.converters.build_modelopt_nvfp4_transformer import fresh, main, mixed
+from diffquant.encodings import ENCODINGS, Recipe
 from diffquant.errors import ConvertError, PresetError, UsageError
-from diffquant.plan import Plan
+from diffquant.plan import Encoding, Plan, Role
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "modelopt"
 BASE = DATA / "flux" / "bf16"
@@ -228,6 +229,24 @@ def test_for_vllm_the_same_codes_lie_under_inverse_scales(
     assert config["config_groups"]["group_0"]["input_activations"]["dynamic"] == "local"
     activation = plan_of(tmp_path / "out").layer(layers[0]).pieces[0].activation
     assert str(activation) == "nvfp4;tensor_scale=divide:group16:static"
+
+
+def test_comfys_dialect_has_the_bytes_that_comfy_kitchen_makes_of_each_stored_weight(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "flux.safetensors"
+    done = fresh(Writing(output_dir=file), source=str(BASE), dialect="comfy", pattern_preset="none")
+    written, plain = load_file(file), stored(BASE)
+    name, block = "double_blocks.0.img_attn.qkv", "transformer_blocks.0.attn"
+    whole = torch.cat([plain[f"{block}.to_{one}.weight"] for one in "qkv"])
+    encode = ENCODINGS.load("nvfp4").encode
+    assert encode is not None
+    recipe = Recipe(granularity="group", arithmetic="comfy")
+    made = encode(whole, Encoding("nvfp4"), recipe)
+    codes = made[Role.CODES]
+    assert same(written[f"{name}.weight"], codes << 4 | codes >> 4)
+    assert same(written[f"{name}.weight_scale_2"], made[Role.TENSOR_SCALE])
+    assert len(done.plan.quantized) == len(done.plan.layers)
 
 
 def test_the_family_decides_what_stays_and_the_report_says_what_the_rest_lost(

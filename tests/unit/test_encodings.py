@@ -1,11 +1,13 @@
 """Encodings against true exports of ModelOpt, and against their own byte tables."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from diffquant.encodings import ENCODINGS, Recipe
 from diffquant.encodings import _e2m1 as e2m1
@@ -82,6 +84,36 @@ def test_nvfp4_encodes_to_modelopts_bytes(layer: dict[str, Tensor]) -> None:
     assert same_bytes(parts[Role.BLOCK_SCALE], layer["wan.nvfp4.weight_scale"])
     assert torch.equal(parts[Role.TENSOR_SCALE], layer["wan.nvfp4.weight_scale_2"])
     assert error(decode("nvfp4", parts, (352, 128)), truth) < 0.1
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4_padded"])
+def test_comfys_arithmetic_gives_the_bytes_of_comfy_kitchen(name: str) -> None:
+    folder = Path(__file__).resolve().parents[1] / "data" / "comfy"
+    held, owner = (load_file(folder / f"{name}{part}.safetensors") for part in ("", ".owner"))
+    ((stem, truth),) = [
+        (key.removesuffix(".original"), value) for key, value in owner.items() if "original" in key
+    ]
+    stored = f"model.diffusion_model.{stem}"
+    codes = held[f"{stored}.weight"]
+    truth = pad(truth, (0, 2 * codes.shape[1] - truth.shape[1], 0, len(codes) - len(truth)))
+    made = encode("nvfp4", truth, replace(PER_GROUP, arithmetic="comfy"))
+    block = LAYOUTS.load("tiles_128x4").undo(
+        held[f"{stored}.weight_scale"], Role.BLOCK_SCALE, (len(truth), truth.shape[1] // 16), ()
+    )
+    assert same_bytes(made[Role.CODES] << 4 | made[Role.CODES] >> 4, codes)
+    assert same_bytes(made[Role.BLOCK_SCALE], block)
+    assert torch.equal(made[Role.TENSOR_SCALE], held[f"{stored}.weight_scale_2"])
+
+
+@pytest.mark.parametrize("name", ["comfy", "torchao"])
+def test_another_order_of_rounding_moves_few_bytes_and_no_weight_far(name: str) -> None:
+    truth = torch.randn(512, 1024, generator=torch.Generator().manual_seed(2)) / 50
+    truth = truth.to(torch.bfloat16)
+    ours = encode("nvfp4", truth, PER_GROUP)
+    made = encode("nvfp4", truth, replace(PER_GROUP, arithmetic=name))
+    moved = sum(int((made[role].float() != ours[role].float()).sum()) for role in made)
+    assert 0 < moved < 0.01 * truth.numel()
+    assert error(decode("nvfp4", made, (512, 1024)), truth) < 0.1
 
 
 def test_a_scalar_scale_divides_in_the_dtype_of_the_weight(layer: dict[str, Tensor]) -> None:
