@@ -1,6 +1,5 @@
 """`diffquant generate` on a tiny pipeline: from the words to a picture that can be drawn again."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import pytest
 from PIL import Image
 
 from diffquant.cli import run
+from tests import tiny
 
 HERE = Path(__file__).parents[1]
 FP8 = HERE / "data" / "modelopt" / "flux" / "fp8"
@@ -19,11 +19,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers and transformers 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A command line that draws with ModelOpt's own FP8 transformer."""
-    spec = importlib.util.spec_from_file_location("tiny", HERE / "tiny.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tiny = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny)
     base = tiny.tiny_flux_pipeline(tmp_path_factory.mktemp("tiny") / "base")
     paths = ["--model-path", str(base), "--transformer-path", str(FP8), "--device", "cpu"]
     sizes = ["--width", "32", "--height", "32", "--max-sequence-length", "16"]

@@ -1,7 +1,5 @@
 """A tiny Wan of two experts: videos, per frame and in time, and calls of both transformers."""
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,19 +7,13 @@ import pytest
 import diffquant
 from diffquant.compare.comparison import Comparison
 from diffquant.compare.report import page
-
-HERE = Path(__file__).parents[1]
+from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers and transformers warn of themselves
 
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
-    spec = importlib.util.spec_from_file_location("tiny", HERE / "tiny.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tiny = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny)
     base = tiny.tiny_wan_pipeline(tmp_path_factory.mktemp("tiny") / "wan", experts=2)
     sizes: dict[str, Any] = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 3}
     return diffquant.compare(

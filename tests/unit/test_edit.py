@@ -1,6 +1,5 @@
 """Pictures go in: editing, filling a mask, and what is refused before anything is loaded."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ from PIL import Image
 from diffquant import cli
 from diffquant.errors import UsageError
 from diffquant.run import Request, fill, generate, read_metadata, recorded, save
+from tests import tiny
 
-HERE = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {
     "prompt": "red apple",
     "width": 32,
@@ -21,16 +20,6 @@ SMALL: dict[str, Any] = {
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers and transformers warn of themselves
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Any:
-    spec = importlib.util.spec_from_file_location("tiny", HERE / "tiny.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -43,7 +32,7 @@ def pictures(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def small_kontext(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def small_kontext(monkeypatch: pytest.MonkeyPatch) -> Any:
     from diffusers.pipelines.flux import pipeline_flux_kontext
 
     monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(32, 32)])
@@ -61,7 +50,7 @@ def test_the_picture_to_edit_changes_the_picture_drawn(
     assert {picture.size for picture in drawn} == {(32, 32)}
 
 
-def test_a_mask_says_what_is_painted_over(tiny: Any, pictures: dict[str, str]) -> None:
+def test_a_mask_says_what_is_painted_over(pictures: dict[str, str]) -> None:
     pipeline = tiny.tiny_fill()
     drawn = []
     for mask in ("mask", "nothing"):
@@ -81,9 +70,7 @@ def test_the_record_names_the_pictures(
     assert read_metadata(path)["request"]["image"] == [pictures["red"]]
 
 
-def test_a_picture_for_a_pipeline_that_takes_none_is_refused(
-    tiny: Any, pictures: dict[str, str]
-) -> None:
+def test_a_picture_for_a_pipeline_that_takes_none_is_refused(pictures: dict[str, str]) -> None:
     with pytest.raises(UsageError, match="--image means nothing to a FluxPipeline"):
         fill(Request(**SMALL, image=(pictures["red"],)), tiny.tiny_flux(), {})
 
@@ -99,7 +86,7 @@ def test_a_file_that_is_missing_or_no_picture_is_told(
         generate(small_kontext, request)
 
 
-def test_a_video_starts_from_a_picture(tiny: Any, pictures: dict[str, str]) -> None:
+def test_a_video_starts_from_a_picture(pictures: dict[str, str]) -> None:
     pipeline = tiny.tiny_wan_image_to_video()
     words = {**SMALL, "num_frames": 5, "guidance_scale": 1.0}
     with pytest.raises(UsageError, match="starts from a picture, and there is none") as caught:
@@ -114,7 +101,7 @@ def test_a_video_starts_from_a_picture(tiny: Any, pictures: dict[str, str]) -> N
 
 
 def test_qwen_image_edit_takes_the_picture_and_the_words(
-    tiny: Any, pictures: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    pictures: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 

@@ -1,6 +1,5 @@
 """Two experts: one missing, the same twice, exchanged, of another family, and right."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +14,7 @@ from diffquant import cli, experts, loading
 from diffquant.errors import UsageError
 from diffquant.linear import QuantLinear
 from diffquant.resolve import ModelFlags
+from tests import tiny
 
 HERE = Path(__file__).parents[1]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -22,20 +22,11 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers and transformers warn of themselves
 
 
-def load_tiny() -> Any:
-    spec = importlib.util.spec_from_file_location("tiny", HERE / "tiny.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wan2.2 with two experts whose norms were trained apart."""
     directory: Path = tmp_path_factory.mktemp("tiny") / "wan"
-    load_tiny().tiny_wan_pipeline(directory, experts=2)
+    tiny.tiny_wan_pipeline(directory, experts=2)
     for seed, name in enumerate(("transformer", "transformer_2")):
         torch.manual_seed(seed)
         file = directory / name / WEIGHTS

@@ -1,6 +1,5 @@
 """The whole sentence, from flags to a pipeline that tells what it runs."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from diffquant import loading
 from diffquant.errors import KernelError, UsageError
 from diffquant.loading import DryRun, RunFlags
 from diffquant.resolve import ModelFlags
+from tests import tiny
 
 TESTS = Path(__file__).resolve().parents[1]
 FP8 = TESTS / "data" / "modelopt" / "flux" / "fp8"
@@ -23,10 +23,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers and transformers 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = importlib.util.spec_from_file_location("tiny", TESTS / "tiny.py")
-    assert spec is not None and spec.loader is not None
-    tiny = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny)
     folder: Path = tiny.tiny_flux_pipeline(tmp_path_factory.mktemp("tiny") / "base")
     return folder
 

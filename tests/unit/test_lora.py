@@ -1,6 +1,5 @@
 """LoRA beside encoded weights: the change it makes on dense ones, and refusals instead of NaN."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from diffquant.pieces import dense
 from diffquant.planner import plan as planned
 from diffquant.sources import Checkpoint
 from diffquant.tensors import Weights
+from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers and transformers warn of themselves
 
@@ -306,11 +306,6 @@ def _error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def test_each_of_two_experts_gets_its_own_adapter(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "tiny.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tiny = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny)
     base = tiny.tiny_wan_pipeline(tmp_path / "wan", experts=2)
     for name in ("high", "low"):
         query = {"transformer.blocks.0.attn1.to_q": nn.Linear(128, 128)}

@@ -1,6 +1,5 @@
 """Requests are filled from the right source, pictures are checked, saved and never overwritten."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,16 @@ from PIL import Image
 from diffquant import run
 from diffquant.errors import NonFiniteError, RunError, UsageError
 from diffquant.run import Request, Result, fill, generate, read_metadata, recorded, save
+from tests import tiny
 
 SMALL = Request(
     prompt="red apple", width=32, height=32, num_inference_steps=2, max_sequence_length=16
 )
 
 
-def load_tiny() -> Any:
-    # tests are no package (pytest runs with importlib mode), so the module is loaded by its path
-    path = Path(__file__).parents[1] / "tiny.py"
-    spec = importlib.util.spec_from_file_location("tiny", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def pipeline() -> Any:
-    return load_tiny().tiny_flux()
+    return tiny.tiny_flux()
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +101,7 @@ def _difference(first: Image.Image, second: Image.Image) -> float:
 
 
 def test_a_layer_that_gives_nan_is_named_with_the_step() -> None:
-    broken = load_tiny().tiny_flux()
+    broken = tiny.tiny_flux()
     with torch.no_grad():
         broken.transformer.single_transformer_blocks[1].proj_mlp.weight[0, 0] = torch.nan
     path = "transformer.single_transformer_blocks.1.proj_mlp"
@@ -121,7 +110,7 @@ def test_a_layer_that_gives_nan_is_named_with_the_step() -> None:
 
 
 def test_pixels_that_are_not_finite_stop_the_run() -> None:
-    broken = load_tiny().tiny_flux()
+    broken = tiny.tiny_flux()
     with torch.no_grad():
         broken.vae.decoder.conv_out.weight[0, 0] = torch.nan
     with pytest.raises(
@@ -131,7 +120,7 @@ def test_pixels_that_are_not_finite_stop_the_run() -> None:
 
 
 def test_a_picture_of_one_colour_is_not_saved() -> None:
-    broken = load_tiny().tiny_flux()
+    broken = tiny.tiny_flux()
     with torch.no_grad():
         broken.vae.decoder.conv_out.weight.zero_()
         broken.vae.decoder.conv_out.bias.fill_(-9.0)

@@ -1,6 +1,5 @@
 """Videos of tiny Wan and HunyuanVideo pipelines, in files that tell how they were made."""
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +12,8 @@ from PIL import Image
 from diffquant import cli, run, video
 from diffquant.errors import UsageError
 from diffquant.run import Request, Result, fill, generate, read_metadata, recorded, save
+from tests import tiny
 
-HERE = Path(__file__).parents[1]
 SMALL = Request(
     prompt="red car",
     width=32,
@@ -28,18 +27,9 @@ SMALL = Request(
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers and transformers warn of themselves
 
 
-def load_tiny() -> Any:
-    spec = importlib.util.spec_from_file_location("tiny", HERE / "tiny.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made: Path = load_tiny().tiny_wan_pipeline(tmp_path_factory.mktemp("tiny") / "wan")
+    made: Path = tiny.tiny_wan_pipeline(tmp_path_factory.mktemp("tiny") / "wan")
     return made
 
 
@@ -147,7 +137,7 @@ def test_a_file_that_holds_no_sound_says_that_there_was_some(tmp_path: Path, end
 
 @pytest.mark.parametrize("name", ["tiny_wan", "tiny_hunyuan_video"])
 def test_a_video_pipeline_makes_the_asked_frames(name: str) -> None:
-    pipeline = getattr(load_tiny(), name)()
+    pipeline = getattr(tiny, name)()
     words = {**SMALL.typed, "max_sequence_length": 16 if name == "tiny_wan" else 32}
     request = fill(Request(**words), pipeline, {"fps": 24})
     made = generate(pipeline, request)
@@ -158,7 +148,7 @@ def test_a_video_pipeline_makes_the_asked_frames(name: str) -> None:
 
 
 def test_two_videos_of_one_prompt_differ(base: Path) -> None:
-    pipeline = load_tiny().tiny_wan()
+    pipeline = tiny.tiny_wan()
     request = fill(Request(**SMALL.typed, num_images_per_prompt=2), pipeline, {})
     first, second = generate(pipeline, request).videos
     assert request.fps == run.DEFAULT_FPS
@@ -169,7 +159,7 @@ def test_a_quantized_wan_draws_on_the_command_line_and_again(
     base: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    paths = ["--model-path", str(base), "--transformer-path", str(load_tiny().WAN_FP8)]
+    paths = ["--model-path", str(base), "--transformer-path", str(tiny.WAN_FP8)]
     sizes = ["--width", "32", "--height", "32", "--num-frames", "5", "--fps", "8"]
     words = ["generate", "--prompt", "red car", *paths, *sizes, "--max-sequence-length", "16"]
     assert cli.run([*words, "--num-inference-steps", "2", "--device", "cpu", "--json"]) == 0
