@@ -108,6 +108,8 @@ def name_of(request: Request, report: Mapping[str, Any]) -> str:
     """`a-red-apple-42-1f3c9a0b7e`: prompt, seed, and the digest of what decides the picture."""
     models = {name: part["digest"] for name, part in report.get("components", {}).items()}
     decides = {key: report.get(key) for key in ("dtype", "numerics", "lora")}
+    if settings := report.get("settings"):
+        decides["settings"] = {name: part["digest"] for name, part in settings.items()}
     text = json.dumps([request.typed, models, decides], sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
     return f"{slug(request.prompt or '')}-{request.seeds[0]}-{digest}"

@@ -30,7 +30,7 @@ from diffquant.families import FAMILIES, Inventory
 from diffquant.formats import NO_HINTS, Hints
 from diffquant.kernels import WITHOUT_FLOAT8, Choice, Numerics, choose, wanted
 from diffquant.plan import DENSE, LayerPlan, Plan, Problem
-from diffquant.residence import MODES, Mode, Residence
+from diffquant.residence import BUDGET, MODES, Mode, Residence, bytes_of
 from diffquant.resolve import ComponentSource, ModelFlags, Resolution
 from diffquant.sources import Checkpoint
 
@@ -63,6 +63,7 @@ class RunFlags:
     offload         where weights live while drawing, with how many blocks ahead and to stay: see
                     `residence`
     compile         the repeated blocks of transformers
+    memory_budget   such as 8GiB, for weights that stay decoded where that is faster: see `keeping`
     ulysses_degree  processes that draw one picture together, each on its own device: see `ulysses`
     """
 
@@ -77,6 +78,7 @@ class RunFlags:
     offload_prefetch: int | None = None
     resident_layers: int | None = None
     compile: bool = False
+    memory_budget: str | None = None
     ulysses_degree: int | None = None
     pinned: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
@@ -91,6 +93,19 @@ class RunFlags:
             "--save-quantized": self.save_quantized is not None,
         }
         ranks.require_sense(self.processes, clashing)
+        if self.memory_budget is not None:
+            self._require_room(self.memory_budget)
+
+    def _require_room(self, budget: str) -> None:
+        """Raises UsageError for a budget that is no size, or beside what leaves it nothing to keep."""
+        bytes_of(BUDGET, budget)
+        others = {"--compile": self.compile, f"--offload {self.offload}": self.offload != "none"}
+        for flag, typed in others.items():
+            if typed:
+                raise UsageError(
+                    f"{BUDGET} keeps weights decoded in memory, and {flag} does not let it",
+                    hint=f"leave out {BUDGET} or {flag}",
+                )
 
     @property
     def processes(self) -> int:
@@ -137,6 +152,7 @@ class Report:
     """What a loaded pipeline runs: plans, choices, the rules that fired, the truth lines, and the
     LoRAs it was loaded with.
 
+    weightless  schedulers, tokenizers and processors that were taken from elsewhere
     digests  of the plans as headers alone told them, by which a picture knows its weights again
     """
 
@@ -149,9 +165,14 @@ class Report:
     numerics: str
     digests: Mapping[str, str]
     lora: "tuple[Adapter, ...]" = ()
+    weightless: Mapping[str, resolve.Weightless] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plan digests, the kernel of each layer and the truth lines, as JSON values."""
+        settings = {
+            name: {"class": each.class_name, "origin": each.origin, "digest": each.digest}
+            for name, each in self.weightless.items()
+        }
         return {
             "truth": list(self.truth_lines),
             "rules": [f"rule {fired.rule}: {fired.sentence}" for fired in self.fired],
@@ -159,6 +180,7 @@ class Report:
             "dtype": self.dtype,
             "numerics": self.numerics,
             "lora": [adapter.to_json() for adapter in self.lora],
+            **({"settings": settings} if settings else {}),
             "components": {
                 name: {
                     "format": plan.format,
@@ -226,6 +248,11 @@ def dry_run(model: ModelFlags, run: RunFlags | None = None) -> DryRun:
     resolution = replace(resolution, fired=(*resolution.fired, *_moved(run, place)))
     if run.compile:
         require_compiler(place)
+    if run.memory_budget and place.kind != "cpu":
+        raise UsageError(
+            f"{BUDGET} is for kernels of the CPU, this is {place.kind}",
+            hint=f"leave {BUDGET} out: here weights stay encoded",
+        )
     plans = {name: component_plan(source) for name, source in resolution.components.items()}
     held = experts.check(resolution.components, plans)
     resolution = replace(resolution, fired=(*resolution.fired, *held))
@@ -304,7 +331,7 @@ def load(
     """
     import torch
 
-    from diffquant import lora, ulysses
+    from diffquant import lora, ulysses, weightless
     from diffquant.attach import attach
     from diffquant.paging import Spill
 
@@ -312,6 +339,7 @@ def load(
     dry = dry_run(model, run)
     handed = dict(components or {})
     _require_free(handed, dry)
+    handed |= weightless.opened(dry.resolution.weightless)
     place, dtype = torch.device(dry.device.torch_name), _dtype(dry.run.dtype)
     if dry.run.processes > 1:
         ulysses.require_split({name: each.config for name, each in dry.transformers.items()})
@@ -325,6 +353,7 @@ def load(
         name: build(dry, name, place, dtype, keep=keep, on_progress=on_progress)
         for name in dry.plans
     }
+    kept = _kept(dry, modules)
     pipeline = attach(
         dry.resolution.pipeline.root,
         modules,
@@ -343,14 +372,29 @@ def load(
         plans=dry.plans,
         choices=dry.choices,
         fired=dry.resolution.fired,
-        truth_lines=dry.truth_lines,
+        truth_lines=(*dry.truth_lines, *kept),
         device=dry.device.torch_name,
         dtype=str(dtype).removeprefix("torch."),
         numerics=dry.run.numerics,
         digests=digests,
         lora=lora.adapters(pipeline) if dry.run.lora else (),
+        weightless=dry.resolution.weightless,
     )
     return pipeline
+
+
+def _kept(dry: DryRun, modules: "Mapping[str, nn.Module]") -> tuple[str, ...]:
+    """What stays decoded of each component, said; the budget is spent in their order."""
+    if dry.run.memory_budget is None:
+        return ()
+    from diffquant import keeping
+
+    left, lines = bytes_of(BUDGET, dry.run.memory_budget), []
+    for name, choices in dry.choices.items():
+        outcome = keeping.keep(modules[name], choices, budget=left, device=dry.device)
+        left -= outcome.bytes
+        lines.append(f"{name}: {outcome}")
+    return tuple(lines)
 
 
 def _require_free(handed: Mapping[str, Any], dry: DryRun) -> None:
@@ -362,11 +406,16 @@ def _require_free(handed: Mapping[str, Any], dry: DryRun) -> None:
                 f"components has {name!r}, and the pipeline has no such component",
                 hint=f"its components: {', '.join(known)}",
             )
-        if name in dry.plans:
+        if name in dry.plans or name in dry.resolution.weightless:
             raise UsageError(
-                f"components has {name!r}, which is loaded from {dry.resolution.components[name].weights.origin!r}",
+                f"components has {name!r}, which is loaded from {_origin(name, dry)!r}",
                 hint="pipeline.transformer = yours replaces it afterwards",
             )
+
+
+def _origin(component: str, dry: DryRun) -> str:
+    found = dry.resolution.weightless.get(component)
+    return found.origin if found else dry.resolution.components[component].weights.origin
 
 
 def build(

@@ -2,8 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -123,10 +123,11 @@ def _draw_lines(
     draws = _drawn_here if values["engine"] == _on_ray.LOCAL else _drawn_on_ray
     with _talk.progress() as bars:
         task = bars.add_task("lines", total=len(lines))
-        for outcome in draws(dry, model, values, lines, folder, bars):
-            counted[outcome.state] += 1
-            bars.update(task, advance=1)
-            _tell_outcome(outcome, as_json)
+        with closing(draws(dry, model, values, lines, folder, bars)) as outcomes:
+            for outcome in outcomes:
+                counted[outcome.state] += 1
+                bars.update(task, advance=1)
+                _tell_outcome(outcome, as_json)
     _talk.say(", ".join(f"{counted[state]} {state}" for state in get_args(batch.State)))
     return 1 if counted["failed"] else 0
 
@@ -138,7 +139,7 @@ def _drawn_here(
     lines: "tuple[Line, ...]",
     folder: Path,
     bars: "Progress",
-) -> "Iterator[Outcome]":
+) -> "Generator[Outcome, None, None]":
     """Outcomes of the lines, drawn with one loaded pipeline."""
     from diffquant import batch
 
@@ -161,7 +162,7 @@ def _drawn_on_ray(
     lines: "tuple[Line, ...]",
     folder: Path,
     bars: "Progress",
-) -> "Iterator[Outcome]":
+) -> "Generator[Outcome, None, None]":
     """Outcomes of the lines, drawn by pipelines all over a cluster."""
     commission = {
         "model": model,
@@ -197,6 +198,10 @@ def _tell_notes(dry: loading.DryRun, prepared: Prepared) -> None:
     for name, plan in dry.plans.items():
         if name in recorded and recorded[name]["digest"] != plan.digest:
             _talk.note(f"{name} is not the one that drew the picture: its plan differs")
+    settings = prepared.record.get("report", {}).get("settings", {})
+    for name, found in dry.resolution.weightless.items():
+        if name in settings and settings[name]["digest"] != found.digest:
+            _talk.note(f"{name} is not the one that drew the picture: its files differ")
 
 
 def _drawn(

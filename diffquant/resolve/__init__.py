@@ -7,6 +7,7 @@ headers, never weights.
   _rules         the sentence each rule logs
   _pipelines     rules 1 and 5: the base pipeline
   _overrides     rules 2 and 3: components from elsewhere
+  _weightless    rule 2b: those that have no weights
   _experts       rule 4: two transformers
   _fetching      rule 6: several sets of weights in one place
   _svdquant      rule 7: promises
@@ -43,6 +44,7 @@ from diffquant.resolve._quantization import (
 )
 from diffquant.resolve._rules import RULES, Fired, Log
 from diffquant.resolve._svdquant import SVDQUANT_NAME
+from diffquant.resolve._weightless import Weightless, rule_2b_weightless
 from diffquant.sources import PipelineFolder
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "Fired",
     "ModelFlags",
     "Resolution",
+    "Weightless",
     "require_choice",
     "resolve",
 ]
@@ -65,12 +68,14 @@ class Resolution:
     """The pipeline, every transformer of it and every overridden component, and why.
 
     model_names   names a preset may know the model by, the surest first
+    weightless    schedulers, tokenizers and processors that are taken from elsewhere
     """
 
     pipeline: PipelineFolder
     components: Mapping[str, ComponentSource]
     fired: tuple[Fired, ...]
     model_names: tuple[str, ...]
+    weightless: Mapping[str, Weightless]
 
 
 def resolve(flags: ModelFlags) -> Resolution:
@@ -86,6 +91,7 @@ def resolve(flags: ModelFlags) -> Resolution:
         pipeline, overrides = rule_5_weights_alone(pipeline, overrides, hub, log)
     classes = {name: (pipeline.index or {})[name][1] for name in pipeline.components}
     require_components(flags, overrides, classes, pipeline)
+    overrides, weightless = rule_2b_weightless(overrides, classes, pipeline, hub, log)
     overrides = rule_4b_both_experts(overrides, classes, pipeline, hub, log)
     rule_4_one_of_two(overrides, classes, log)
     require_quantizable(flags, overrides, classes, pipeline)
@@ -109,4 +115,5 @@ def resolve(flags: ModelFlags) -> Resolution:
         components=components,
         fired=tuple(log),
         model_names=model_names(flags, pipeline),
+        weightless=weightless,
     )

@@ -27,6 +27,12 @@ class Hub:
         except AmbiguousSourceError as error:
             raise rule_6_ambiguous(error, source, component) from None
 
+    def small_folder(self, source: str, component: str) -> Path:
+        """The folder of a component without weights."""
+        return sources.small_folder(
+            source, subfolder=component, local_files_only=self.local_files_only
+        )
+
     def pipeline(
         self, source: str, revision: str | None, without_weights_of: Iterable[str]
     ) -> PipelineFolder:

@@ -12,6 +12,7 @@ RULES: Mapping[str, str] = {
     "1b": "no --model-path was typed: the base pipeline is the bundled {origin!r}",
     "1c": "no override was typed: {component} is the bundled {origin!r}",
     "2": "{flag} gives {component} its own config and weights: {origin!r}",
+    "2b": "{flag} gives {component} its settings: {origin!r}, a {class_name}",
     "3": "{flag} gives {component} its weights: {origin!r}; its config stays the base's",
     "3b": "{flag} names a weights file, so the config of {component} stays the base's",
     "3c": "{flag} gives {component} its weights: {origin!r}; its config comes from {config!r}",

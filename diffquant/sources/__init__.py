@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from diffquant.errors import SourceError
-from diffquant.sources._components import component_folder, components, fetch
+from diffquant.sources._components import component_folder, components, fetch, fetch_small
 from diffquant.sources._folders import COMPONENT, CONFIG, INDEX, LocalFolder, is_weights, read_json
 from diffquant.sources._hub import opened
 from diffquant.sources._reference import bundled_names, referenced
@@ -39,6 +39,8 @@ __all__ = [
     "bundled_names",
     "checkpoint",
     "pipeline",
+    "read_json",
+    "small_folder",
     "weight_sets",
 ]
 
@@ -150,6 +152,23 @@ def pipeline(
             hint=where_instead(folder) or "the base pipeline is what `--model-path` names",
         )
     return PipelineFolder(origin=source, root=folder.root, index=None, revision=folder.revision)
+
+
+def small_folder(source: str, *, subfolder: str, local_files_only: bool = False) -> Path:
+    """The folder of a component without weights, a scheduler or a tokenizer, with its files here.
+
+    A source is that folder, or a pipeline that has it as `subfolder`. Raises SourceError for a
+    file, and what `pipeline` raises for what cannot be found.
+    """
+    folder, file = opened(referenced(source), None, local_files_only)
+    if file is not None:
+        raise SourceError(
+            f"{source!r} is one file, and {subfolder!r} is read from a folder",
+            hint=f"the folder is {folder.origin!r}",
+        )
+    found = component_folder(folder, subfolder)
+    fetch_small(found)
+    return found.root
 
 
 def weight_sets(directory: Path) -> tuple[tuple[Path, ...], ...]:

@@ -36,13 +36,18 @@ def fetch(folder: Folder, name: str, *, with_weights: bool) -> None:
             hint=f"`--{name.replace('_', '-')}-path` takes it from elsewhere",
         )
     component = folder.inside(name)
+    fetch_small(component)
     names = component.names()
-    for small in names:
-        if not (is_weights(small) or small.endswith(_FOREIGN) or WEIGHTS_INDEX.fullmatch(small)):
-            component.path(small)
     # models have a config.json; tokenizers, schedulers and processors call theirs otherwise
     if with_weights and (CONFIG in names or any(map(is_weights, names))):
         _fetch_weights(component)
+
+
+def fetch_small(component: Folder) -> None:
+    """Bring the files here that are no weights."""
+    for small in component.names():
+        if not (is_weights(small) or small.endswith(_FOREIGN) or WEIGHTS_INDEX.fullmatch(small)):
+            component.path(small)
 
 
 def _fetch_weights(component: Folder) -> None:
