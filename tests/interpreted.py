@@ -34,6 +34,8 @@ from diffquant.plan import (
 
 #: M, N, K: one token, tiles that are not full, a ragged group, more than one tile each way.
 SHAPES = ((1, 100, 192), (9, 24, 160), (33, 7, 64), (70, 130, 128))
+#: cuBLAS asks for multiples of 16.
+EVEN = ((1, 112, 192), (9, 32, 160), (70, 144, 128))
 #: Weights' size, and how much smaller every other row is: scales and codes reach their ends.
 MAGNITUDES = ((1.0, 1.0), (3e4, 1e-4), (2e-6, 1e-3))
 DTYPES = (torch.float32, torch.float16)
@@ -56,6 +58,7 @@ class Kind:
     activation: Activation | None = None
     zero: str | None = None
     multiple_of_K: int = 1
+    shapes: tuple[tuple[int, int, int], ...] = SHAPES
 
 
 def options(name: str, **known: str) -> Encoding:
@@ -107,6 +110,20 @@ KINDS = {
         encoding=options("fp8"),
         recipe=TENSOR,
         activation=replace(FP8, granularity="tensor", mode="static"),
+    ),
+    "fp8 by cuBLAS": Kind(
+        kernel="triton_scaled_mm",
+        encoding=options("fp8"),
+        recipe=CHANNEL,
+        activation=FP8,
+        shapes=EVEN,
+    ),
+    "fp8 by cuBLAS, one scale": Kind(
+        kernel="triton_scaled_mm",
+        encoding=options("fp8"),
+        recipe=TENSOR,
+        activation=replace(FP8, granularity="tensor"),
+        shapes=EVEN,
     ),
     "svdq": Kind(
         kernel="triton_svdq",
@@ -162,7 +179,7 @@ def off(role: Role, part: Tensor) -> Tensor:
 
 def products(kind: Kind) -> Iterator[tuple[Spec, dict[Role, Tensor], Tensor, float]]:
     """Spec, parts, input and the size of the weight's numbers, over the grid."""
-    for m, n, k in SHAPES:
+    for m, n, k in kind.shapes:
         if k % kind.multiple_of_K:
             continue
         for size, smaller in MAGNITUDES:

@@ -30,6 +30,7 @@ BF16 = "bf16"
 METHODS = {
     BF16: Method(None),
     "fp8": Method("fp8"),
+    "fp8, Triton's inputs": Method("fp8", "triton_scaled_mm"),
     "fp8, Triton": Method("fp8", "triton_fp8_w8a8"),
     "nvfp4, weight-only": Method("nvfp4", "triton_nvfp4"),
     "svdq-int4": Method("svdq_int4", "triton_svdq"),
@@ -152,7 +153,7 @@ def _seconds(work: Callable[[], object], rounds: int) -> float:
         torch.cuda.synchronize()
         if turn >= 2:
             times.append(start.elapsed_time(stop) / 1e3)
-    return median(times)
+    return float(median(times))
 
 
 def _lost(ours: Tensor, wanted: Tensor) -> float:

@@ -15,33 +15,24 @@ if TYPE_CHECKING:
 
     from diffquant.kernels import Multiply, Parts
 
-#: The largest finite e4m3 value.
-MAX = 448.0
-
 
 def _build(spec: Spec) -> "Multiply":
     import torch
 
-    from diffquant.kernels._triton import fp8, inputs
+    from diffquant.kernels._triton import fp8
+    from diffquant.kernels._triton.inputs import amax_of, as_fp8
 
     assert spec.activation is not None, "the needs admit quantized activations only"
     token = spec.activation.granularity == "token"
 
     def multiply(x_MK: "Tensor", parts: "Parts") -> "Tensor":
-        codes_MK, scale_M = inputs.as_fp8(x_MK, None if token else _amax(x_MK, parts))
+        codes_MK, scale_M = as_fp8(x_MK, None if token else amax_of(x_MK, parts))
         outer = outer_scale(parts, slice(None))
         assert outer is not None, "fp8 without a scale is not admitted"
         weight_NK = parts[Role.CODES].view(torch.float8_e4m3fn)
         return fp8.multiply(codes_MK, scale_M, weight_NK, outer, x_MK.dtype)
 
     return multiply
-
-
-def _amax(x_MK: "Tensor", parts: "Parts") -> "Tensor":
-    """() float32: what the file's scale stands for, or the input's own."""
-    if Role.INPUT_SCALE in parts:
-        return parts[Role.INPUT_SCALE].float().reshape(()) * MAX
-    return x_MK.abs().amax().float()
 
 
 KERNEL = Kernel(

@@ -4,13 +4,21 @@ Operations are those of `activations.py` in their order, each rounded by itself,
 cases are common among 16-bit numbers: sums are not fused with products here (`enable_fp_fusion`).
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from diffquant.kernels._triton.numbers import as_bfloat16, as_e4m3, rounded
+from diffquant.plan import Role
 
+if TYPE_CHECKING:
+    from diffquant.kernels import Parts
+
+#: The largest finite e4m3 value.
+MAX = 448.0
 #: Rows of one group a program reads at a time, columns of one token.
 ROWS, COLUMNS = 32, 2048
 
@@ -59,6 +67,14 @@ def as_int4(x_MK: Tensor, group: int, *, unsigned: bool) -> tuple[Tensor, Tensor
             enable_fp_fusion=False,
         )
     return codes_MK, scale_GM
+
+
+def amax_of(x_MK: Tensor, parts: "Parts") -> Tensor:
+    """() float32: the largest magnitude the file's own scale stands for, or the input's."""
+    if Role.INPUT_SCALE in parts:
+        return parts[Role.INPUT_SCALE].float().reshape(()) * MAX
+    low, high = x_MK.aminmax()
+    return torch.maximum(-low, high).float()
 
 
 @triton.jit
