@@ -89,6 +89,18 @@ _CALLED = {
 }
 
 
+#: Pipelines that take several pictures for a batch of requests with one each.
+_ONE_PICTURE = frozenset(
+    {
+        "FluxControlPipeline",
+        "FluxFillPipeline",
+        "FluxKontextPipeline",
+        "QwenImageEditPipeline",
+        "WanImageToVideoPipeline",
+    }
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """What one request gave.
@@ -310,9 +322,15 @@ def _accepted(pipeline: Any) -> dict[str, Any]:
 
 
 def _require_images(request: Request, pipeline: Any) -> None:
-    """A pipeline that cannot start without a picture gets one; who paints over needs to know where,
-    though its signature has a default."""
+    """A pipeline that cannot start without a picture gets one, and one only where it would take
+    several for a batch; who paints over needs to know where, though its signature has a default."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
+    count = len(request.image or ())
+    if count > 1 and type(pipeline).__name__ in _ONE_PICTURE:
+        raise UsageError(
+            f"a {type(pipeline).__name__} starts from one picture, and there are {count}",
+            hint=f"{_flag('image')} picture.png",
+        )
     for name, what in (("image", "a picture"), ("mask_image", "a mask")):
         if name not in parameters and _CALLED.get(name) in parameters and not request.image:
             raise UsageError(

@@ -99,12 +99,12 @@ class Engine:
         report = loading.report(pipeline)
         checks = readiness.checks(pipeline, report)
         readiness.require_agreement(checks)
+        _settle()
         compares = self.origin.reference is not None
         self.facts = _facts(pipeline, report, checks, self.origin.defaults, compares)
         self._pipeline, self._worn = pipeline, self.facts.lora
         for line in report.truth_lines:
             LOG.info("%s", line)
-        _settle()
 
     def draw(self, job: Job) -> run.Result:
         """Draw the job's pictures; Stopped is raised at the step at which it should end."""

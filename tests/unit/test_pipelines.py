@@ -101,6 +101,20 @@ def test_a_pipeline_that_follows_a_picture_is_not_run_without_one(
         fill(Request(**words), pipeline, {})
 
 
+@pytest.mark.parametrize("name", [name for name, kind in PIPELINES.items() if kind.pictures])
+def test_several_pictures_are_refused_where_they_would_be_a_batch(
+    name: str, ask: Callable[[Kind], dict[str, Any]]
+) -> None:
+    kind = PIPELINES[name]
+    pipeline, words = kind.make(), ask(kind)
+    words["image"] = words["image"][:1] * 2
+    if kind.pictures == 2:
+        assert drawn(pipeline, words).images
+    else:
+        with pytest.raises(UsageError, match="starts from one picture, and there are 2"):
+            fill(Request(**words), pipeline, {})
+
+
 def test_frames_a_second_reach_the_pipeline_that_draws_by_them(
     ask: Callable[[Kind], dict[str, Any]],
 ) -> None:
