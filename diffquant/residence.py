@@ -6,6 +6,7 @@ layerwise  in host memory; one repeated block at a time is on the device, the ne
 disk       in their files; a block's pages leave host memory when the block is done
 """
 
+import re
 import sys
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -73,3 +74,17 @@ class Residence:
 
 #: Every weight on the device.
 ON_DEVICE = Residence()
+
+
+BUDGET = "--memory-budget"
+SIZE = re.compile(r"(\d+(?:\.\d*)?) *([KMGT])(i?)B?", re.IGNORECASE)
+
+
+def bytes_of(flag: str, text: str) -> int:
+    """The bytes that 24GiB, 24GB or 24g say; `i` counts in 1024s. Raises UsageError for no size."""
+    found = SIZE.fullmatch(text.strip())
+    if found is None:
+        raise UsageError(f"{flag} {text!r} is no size", hint=f"{flag} 8GiB")
+    number, unit, binary = found.groups()
+    power = " KMGT".index(unit.upper())
+    return int(float(number) * (1024 if binary else 1000) ** power)

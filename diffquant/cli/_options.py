@@ -141,6 +141,11 @@ RUN = (
     ),
     click.option("--compile", is_flag=True, help="Compile the repeated blocks with torch.compile."),
     click.option(
+        "--memory-budget",
+        metavar="SIZE",
+        help="On a CPU, keep weights decoded that gain by it, up to 8GiB, say. [none]",
+    ),
+    click.option(
         "--ulysses-degree",
         type=int,
         metavar="PROCESSES",

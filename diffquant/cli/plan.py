@@ -1,7 +1,6 @@
 """`diffquant plan`: everything `generate` would decide, before a weight is read."""
 
 import json
-import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,28 +11,18 @@ import click
 from diffquant import forecast, loading, ranks
 from diffquant.cli import _layers, _options, _talk
 from diffquant.cli._arguments import ModelCommand, Prepared
-from diffquant.errors import UsageError
 from diffquant.kernels import Choice
 from diffquant.plan import Plan
 from diffquant.preset import for_model
-from diffquant.residence import MODES, Mode, Residence
+from diffquant.residence import MODES, Mode, Residence, bytes_of
 
 ONLY_HERE = ("--json",)
 MEMORY = "--memory"
 HEADINGS = ("layer", "weight", "kernel", "why")
-SIZE = re.compile(r"([\d.]+) *([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
 def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """24GiB, 24GB, 24g: bytes; `i` counts in 1024s."""
-    if value is None:
-        return None
-    found = SIZE.fullmatch(value.strip())
-    if found is None:
-        raise UsageError(f"{MEMORY} {value!r} is no size", hint=f"{MEMORY} 24GiB")
-    number, unit, binary = found.groups()
-    power = " KMGT".index(unit.upper() or " ")
-    return int(float(number) * (1024 if binary else 1000) ** power)
+    return None if value is None else bytes_of(MEMORY, value)
 
 
 @click.command(cls=ModelCommand, short_help="Say what generate would do, without doing it.")

@@ -98,7 +98,7 @@ class Kernel:
     restore    the way back, bit by bit
     float32    `multiply` returns its float32 sum, so that the bias joins it before the one rounding
     opt_in     only runs when named by --kernel
-    identical  name of a group of kernels that give bit-identical results
+    keeps      asks `_keeping.rows_of` for decoded rows, which may then stay: bit-identical either way
     untried    never run on the hardware it needs; the README's matrix says so
     """
 
@@ -110,7 +110,7 @@ class Kernel:
     restore: "Callable[[Parts, Spec], dict[Role, Tensor]] | None" = None
     float32: bool = False
     opt_in: bool = False
-    identical: str | None = None
+    keeps: bool = False
     untried: bool = False
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from diffquant.kernels import Spec
+from diffquant.kernels._keeping import rows_of
 from diffquant.plan import Role
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def by_rows(
         y_MN = wide.new_empty(wide.shape[0], n)
         wide = wide if order is None else order(wide)
         for rows in spans:
-            chunk, scale = decode(parts, rows, wide.dtype).T, outer(parts, rows)
+            chunk, scale = rows_of(parts, rows, wide.dtype, decode).T, outer(parts, rows)
             if scale is None:
                 torch.mm(wide, chunk, out=y_MN[:, rows])
                 continue

@@ -39,4 +39,5 @@ KERNEL = Kernel(
         devices=frozenset({"cpu"}),
     ),
     build=_build,
+    keeps=True,
 )

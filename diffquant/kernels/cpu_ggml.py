@@ -1,4 +1,4 @@
-"""ggml's blocks on a CPU, inputs as they are: exact numbers in float32, a core's own cache full at a time.
+"""ggml's blocks on a CPU, inputs as they are: decoded exactly in float32, chunk by chunk.
 
 Each is rounded once, to what the product is made in, on its way into the chunk that is multiplied.
 A block's scales have eleven bits and more, so that no part of this could be left to bfloat16.
@@ -41,4 +41,5 @@ KERNEL = Kernel(
         devices=frozenset({"cpu"}),
     ),
     build=_build,
+    keeps=True,
 )

@@ -103,4 +103,5 @@ KERNEL = Kernel(
         devices=frozenset({"cpu"}),
     ),
     build=_build,
+    keeps=True,
 )

@@ -50,4 +50,5 @@ KERNEL = Kernel(
         devices=frozenset({"cpu"}),
     ),
     build=_build,
+    keeps=True,
 )

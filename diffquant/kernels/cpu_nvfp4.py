@@ -87,4 +87,5 @@ KERNEL = Kernel(
         devices=frozenset({"cpu"}),
     ),
     build=_build,
+    keeps=True,
 )

@@ -22,7 +22,7 @@ GENERATE_OPTIONS = """
 --quantization-rank --nvfp4-nibbles --scale-layout --raw-fp8
 --save-quantized
 --device --dtype --numerics --kernel --strict --lora
---offload --offload-prefetch --resident-layers --compile --ulysses-degree
+--offload --offload-prefetch --resident-layers --compile --memory-budget --ulysses-degree
 --config --config-from-metadata
 --json
 """
