@@ -44,7 +44,6 @@ from transformers import (
 )
 
 DATA = Path(__file__).parent / "data"
-FP8_OVERRIDE = DATA / "modelopt" / "flux" / "fp8"
 
 TRANSFORMER: dict[str, Any] = {
     "attention_head_dim": 64,

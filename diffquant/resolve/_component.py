@@ -38,16 +38,6 @@ class ComponentSource:
     online: Online | None = None
     is_transformer: bool = True
 
-    @property
-    def quantization(self) -> str | None:
-        """The scheme the component is quantized to while loading."""
-        return None if self.online is None else self.online.scheme
-
-    @property
-    def ignored_layers(self) -> tuple[str, ...]:
-        """Patterns of layers a person wants left as they are."""
-        return () if self.online is None else self.online.ignored
-
 
 def component(
     name: str,

@@ -370,7 +370,7 @@ def test_rule_7_refuses_a_promise_that_plain_tensors_deny(base: Path, tmp_path: 
 def test_rule_8_quantizes_a_dense_component(base: Path) -> None:
     resolution = resolve(ModelFlags(model_path=str(base), quantization="w8a8_int8"))
     assert "8" in fired(resolution)
-    assert resolution.components["transformer"].quantization == "int8"
+    assert resolution.components["transformer"].online.scheme == "int8"
 
 
 @pytest.mark.parametrize("override", [False, True])
@@ -388,7 +388,7 @@ def test_rule_8_accepts_the_name_of_the_format_a_file_has(base: Path) -> None:
     flags = ModelFlags(model_path=str(base), transformer_path=str(FP8), quantization="modelopt_fp8")
     resolution = resolve(flags)
     assert "8b" in fired(resolution)
-    assert resolution.components["transformer"].quantization is None
+    assert resolution.components["transformer"].online is None
 
 
 @pytest.mark.parametrize("name", ["modelopt_fp4", "gguf"])
@@ -417,7 +417,7 @@ def test_rule_8_quantizes_twice_when_asked_and_says_so(base: Path) -> None:
     (told,) = [fired for fired in resolution.fired if fired.rule == "8c"]
     assert told.loud
     assert "quantized twice" in told.sentence
-    assert resolution.components["transformer"].quantization == "int8"
+    assert resolution.components["transformer"].online.scheme == "int8"
 
 
 def test_rule_8_reaches_one_component_with_words_of_its_own(base: Path) -> None:
@@ -496,7 +496,7 @@ def test_rule_9_knows_module_paths_of_a_file_with_names_of_its_own(base: Path) -
         flags = ModelFlags(
             model_path=str(base), quantization="fp8", quantization_ignored_layers=(pattern,)
         )
-        assert resolve(flags).components["transformer"].ignored_layers == (pattern,)
+        assert resolve(flags).components["transformer"].online.ignored == (pattern,)
 
 
 def test_rule_9_keeps_the_layers_a_pattern_hits(base: Path) -> None:
@@ -505,7 +505,7 @@ def test_rule_9_keeps_the_layers_a_pattern_hits(base: Path) -> None:
     )
     resolution = resolve(flags)
     assert "9" in fired(resolution)
-    assert resolution.components["transformer"].ignored_layers == ("attn.to_",)
+    assert resolution.components["transformer"].online.ignored == ("attn.to_",)
 
 
 def test_rule_9_refuses_a_pattern_that_hits_nothing(base: Path) -> None:

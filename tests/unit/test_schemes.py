@@ -51,7 +51,8 @@ REFUSED = {
 
 def scheme_of(word: str) -> str | None:
     flags = ModelFlags(model_path="emoji_flux", quantization=word)
-    return resolve(flags).components["transformer"].quantization
+    online = resolve(flags).components["transformer"].online
+    return None if online is None else online.scheme
 
 
 @pytest.mark.parametrize("name", NAMES)
