@@ -159,7 +159,8 @@ def _joined(rule: Rule, index: int, layers: Mapping[str, LayerPlan], dialect: st
         if _kind(piece) != _kind(pieces[0]):
             raise FormatError(
                 f"{dialect} stores {members[0][0]!r} and {path!r} as one weight {rule.stored!r}; they are "
-                f"{_told(pieces[0])} and {_told(piece)}"
+                f"{_told(pieces[0])} and {_told(piece)}",
+                hint=f"quantize or keep them together: {', '.join(sorted(set(rule.rows)))}",
             )
     roles = frozenset[Role]().union(*(piece.roles for piece in pieces))
     parts = tuple(part for piece in pieces for part in piece.parts)
