@@ -53,8 +53,9 @@ def codec(dtype: str, read: "Read", write: "Write | None" = None) -> Codec:
                 f"{dtype} codes of shape {list(codes.shape)} for a weight of {[n, k]}, "
                 f"blocks of {values} columns need {[n, -(-k // values) * width]}"
             )
-        spans = list(row_spans(shape_NK))
-        if len(spans) == 1:  # a kernel's: nothing of it is copied
+        # An accelerator has no cache to stay in, and each step costs it a launch.
+        spans = list(row_spans(shape_NK)) if codes.device.type == "cpu" else [slice(n)]
+        if len(spans) == 1:  # nothing is copied
             return read(codes.reshape(-1, width)).view(shape_NK)
         weight = empty(shape_NK, dtype=float32, device=codes.device)
         for rows in spans:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import diffquant
-from diffquant import headers, planner
+from diffquant import device, headers, planner
 from diffquant.audit import audit
 from diffquant.cli import run
 from diffquant.converters._options import Reading
@@ -25,7 +25,7 @@ from diffquant.errors import FormatError, HeaderError, PlanError
 from diffquant.families import FAMILIES
 from diffquant.formats import NO_HINTS
 from diffquant.formats.gguf import FORMAT
-from diffquant.kernels import KERNELS, Spec
+from diffquant.kernels import KERNELS, Spec, refusal
 from diffquant.pieces import dense
 from diffquant.plan import Encoding, Plan, Role
 from diffquant.sources import Checkpoint
@@ -110,14 +110,16 @@ def test_a_row_that_holds_no_whole_blocks_does_not_decode() -> None:
 # the kernel --------------------------------------------------------------------------------------
 
 
-def products(name: str, codes: Tensor, x_MK: Tensor) -> tuple[Tensor, Tensor]:
+def products(
+    name: str, codes: Tensor, x_MK: Tensor, kernel: str = "cpu_ggml"
+) -> tuple[Tensor, Tensor]:
     spec = Spec(
         encoding=Encoding(name),
         shape_NK=(len(codes), x_MK.shape[1]),
         roles=frozenset({Role.CODES}),
     )
     parts = {Role.CODES: codes}
-    ours = KERNELS.load("cpu_ggml").build(spec)(x_MK, parts)
+    ours = KERNELS.load(kernel).build(spec)(x_MK, parts)
     return ours.float(), KERNELS.load("reference").build(spec)(x_MK.float(), parts)
 
 
@@ -126,15 +128,26 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kernel", ["cpu_ggml", "decoded_ggml"])
 @pytest.mark.parametrize("name", TYPES)
-def test_products_of_every_type_are_the_reference_s(name: str, dtype: torch.dtype) -> None:
+def test_products_of_every_type_are_the_reference_s(
+    name: str, kernel: str, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     for m, n, k in ((16, 40, 256), (5, 1300, 512), (33, 7, 2816)):
         codes, x_MK = random_codes(name, n, k), torch.randn(m, k).to(dtype)
         if name in ("ggml_mxfp4", "ggml_nvfp4"):
             codes = codes & 0x7F  # exponents at which a product of bfloat16 is still a number
-        ours, truth = products(name, codes, x_MK)
+        ours, truth = products(name, codes, x_MK, kernel)
         assert distance(ours, truth) <= (3.5e-3 if dtype is torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("place", ["sm80", "sm90", "sm120", "gfx942"])
+def test_an_accelerator_decodes_the_weight_whole(place: str) -> None:
+    spec = Spec(encoding=Encoding("ggml_q4_k"), shape_NK=(8, 256), roles=frozenset({Role.CODES}))
+    there = device.parse(place)
+    assert refusal(KERNELS.load("decoded_ggml"), spec, there) is None
+    assert refusal(KERNELS.load("cpu_ggml"), spec, there) == f"needs cpu, this is {there.kind}"
 
 
 def test_a_scale_that_is_off_by_a_percent_would_be_seen() -> None:
