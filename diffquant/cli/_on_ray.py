@@ -1,7 +1,7 @@
 """`--engine ray`: the options of commands that can use more machines than one, and how they do."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -103,7 +103,7 @@ def drawn(
     *,
     values: Mapping[str, Any],
     commission: Mapping[str, Any],
-) -> "Iterator[Outcome]":
+) -> "Generator[Outcome, None, None]":
     """Every line's outcome as it comes, from wherever in the cluster.
 
     commission  fields of `on_ray.painter.Commission` that do not depend on the cluster

@@ -2,16 +2,21 @@
 
 import io
 import os
+import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
+from types import FrameType
 from typing import Any, TextIO
 
 from diffquant.errors import RunError, UsageError
 
+START = "`ray start --head` starts one and prints its address"
+KNOCK = 5.0  # seconds
 FEWEST, MOST = 1, 1024  # replicas
 
 
@@ -76,6 +81,7 @@ def joined(address: str | None, *, logs: str | None = None) -> Iterator[Cluster]
     os.environ.setdefault("RAY_DISABLE_WORKER_LOG_PREFIX", "0" if logs == "text" else "1")
     import ray
 
+    _require_listening(address or os.environ.get("RAY_ADDRESS", ""))
     try:
         ray.init(
             address=address,
@@ -85,14 +91,41 @@ def joined(address: str | None, *, logs: str | None = None) -> Iterator[Cluster]
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise RunError(
-            f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}",
-            hint="`ray start --head` starts one and prints its address",
+            f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}", hint=START
         ) from error
     try:
-        with redirect_stdout(_Ours(sys.stdout, sys.stderr if logs else None)):
+        with _ended_by_sigterm(), redirect_stdout(_Ours(sys.stdout, sys.stderr if logs else None)):
             yield look()
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends this process in order, where Ray would abort it with a dump of its stack."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    kept = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, kept)
+
+
+def _require_listening(address: str) -> None:
+    """Raises RunError at once where nobody listens; Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not (host and port.isdecimal()):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=KNOCK).close()
+    except (OSError, OverflowError) as error:
+        raise RunError(f"no Ray cluster answers at {address!r}: {error}", hint=START) from error
 
 
 class _Ours(io.TextIOBase):

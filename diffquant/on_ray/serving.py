@@ -101,17 +101,18 @@ class Replica:
 
 
 def deploy(offer: Offer, scale: Scale, ssl: Mapping[str, str | None]) -> None:
-    """Ask Ray to serve; `watch` tells what became of it."""
+    """Ask Ray to serve; `watch` tells what became of it. Raises RunError where it cannot listen."""
     from ray import serve
+    from ray.exceptions import RayTaskError
 
     settings = offer.settings
     quiet = {"log_level": RAYS_LEVEL, "enable_access_log": False}
     logging.getLogger("ray.serve").setLevel(RAYS_LEVEL)
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": settings.host.strip("[]"), "port": settings.port, **ssl},
-        logging_config=quiet,
-    )
+    door = {"host": settings.host.strip("[]"), "port": settings.port, **ssl}
+    try:
+        serve.start(proxy_location="HeadOnly", http_options=door, logging_config=quiet)
+    except RayTaskError as error:
+        raise RunError(f"Ray Serve does not start: {error.cause}", hint="--port 30001") from error
     deployment = serve.deployment(
         name=APP,
         max_ongoing_requests=settings.queue_size + settings.max_batch + SPARE,

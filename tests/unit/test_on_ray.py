@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import socket
 import sys
 import threading
 from collections import deque
@@ -390,6 +391,16 @@ def test_what_a_file_of_lines_cannot_have_is_refused(
     installed(monkeypatch, True)
     assert cli.run([*prompts, "--engine", "ray", *words]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_an_address_where_nobody_listens_is_told_at_once(
+    prompts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray")
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+    assert cli.run([*prompts, "--engine", "ray", "--ray-address", address]) == 1
+    assert f"no Ray cluster answers at '{address}'" in capsys.readouterr().err
 
 
 def test_without_ray_the_hint_installs_it(
