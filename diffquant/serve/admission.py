@@ -15,6 +15,8 @@ from diffquant.serve.settings import Limits
 ALIVE = 3
 #: Bytes of one decoded pixel: three float32.
 PIXEL = 12
+#: What the numbers of a field count, where its name does not say.
+COUNTED = {"prompt": " characters", "negative_prompt": " characters", "size": " pixels"}
 
 
 def admitted(asked: Request, facts: Facts, limits: Limits) -> Request:
@@ -73,9 +75,10 @@ def _require_limits(filled: Request, limits: Limits) -> None:
     )
     for name, value, most in checks:
         if value > most:
+            unit = COUNTED.get(name, "")
             raise Refused(
                 400,
-                f"{name} is {value}, at most {most} is served",
+                f"{name} is {value}{unit}, at most {most} is served",
                 param=name,
                 code="limit_exceeded",
             )

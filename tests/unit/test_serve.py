@@ -125,6 +125,11 @@ def test_what_cannot_be_done_is_refused_by_name(served: Served, field: str, valu
     assert field in error["message"]
 
 
+def test_a_long_prompt_is_told_how_long_it_may_be(served: Served) -> None:
+    told = served.draw(prompt="x" * 10_000).json()["error"]["message"]
+    assert told == "prompt is 10000 characters, at most 8000 is served"
+
+
 def test_width_that_contradicts_size_is_refused(served: Served) -> None:
     assert "contradicts size" in served.draw(**SHORT, size="64x64", width=32).text
 
