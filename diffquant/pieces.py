@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffquant.encodings import ENCODINGS
+from diffquant.encodings.fp8 import block_cell
 from diffquant.layouts import LAYOUTS
 from diffquant.plan import (
     DENSE,
@@ -39,7 +40,7 @@ def canonical(piece: Piece, weights: Weights) -> dict[Role, Tensor]:
     parts = {part.role: _undone(part, piece, weights) for part in piece.parts}
     _clear_hollow_codes(parts)
     if piece.take:
-        _expand_block_rows(parts, piece.stored_NK[0])
+        _expand_block_rows(parts, piece.encoding, piece.stored_NK[0])
         parts = {role: _taken(role, part, piece.take) for role, part in parts.items()}
     return {role: _cut(role, part, piece) for role, part in parts.items()}
 
@@ -214,11 +215,13 @@ def _clear_hollow_codes(parts: dict[Role, Tensor]) -> None:
             parts[Role.CODES] = codes = bare.view(codes.dtype)
 
 
-def _expand_block_rows(parts: dict[Role, Tensor], n: int) -> None:
-    """Two-dimensional blocks become one row of scales per weight row, so that rows can be taken."""
+def _expand_block_rows(parts: dict[Role, Tensor], encoding: Encoding, n: int) -> None:
+    """Two-dimensional blocks become one row of scales per weight row, so that rows can be taken. The
+    last block may be lower than the others."""
     scale = parts.get(Role.BLOCK_SCALE)
     if scale is not None and scale.shape[0] != n:
-        rows = -(-n // scale.shape[0])
+        named, count = block_cell(encoding).rows, scale.shape[0]
+        rows = named if count == -(-n // named) else -(-n // count)
         parts[Role.BLOCK_SCALE] = scale.repeat_interleave(rows, dim=0)[:n]
 
 

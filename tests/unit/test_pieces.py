@@ -97,6 +97,23 @@ def test_rows_taken_from_two_dimensional_blocks_keep_their_scale(tmp_path: Path)
     assert weight[:, 255].tolist() == [2.0] * 8 + [4.0] * 8
 
 
+def test_rows_taken_from_a_last_block_that_is_lower_keep_their_scale(tmp_path: Path) -> None:
+    tensors = {
+        "w": torch.ones(192, 128).to(torch.float8_e4m3fn),
+        "s": torch.tensor([[1.0], [3.0]]),
+    }
+    cut = piece(
+        parts_of(codes="w", block_scale="s"),
+        (192, 128),
+        encoding=Encoding("fp8"),
+        take=(Span(90, 136),),
+        out=Span(0, 46),
+        cols=Span(0, 128),
+    )
+    weight = decoded(cut, canonical(cut, stored(tmp_path, tensors)))
+    assert weight[:, 0].tolist() == [1.0] * 38 + [3.0] * 8
+
+
 def test_padded_columns_are_dropped_from_codes_and_scales(tmp_path: Path) -> None:
     tensors = {
         "w": torch.arange(2 * 64).reshape(2, 64).to(torch.int8),
