@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]  # Ray war
 
 STEPS = 12
 SEEDS = range(1, 13)
-PATIENCE = 180.0
+PATIENCE = 300.0
 
 
 @pytest.fixture(autouse=True)
