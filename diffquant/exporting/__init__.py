@@ -22,6 +22,8 @@ from diffquant.writing import GIB, Check, Declared, Progress, write, write_file
 
 __all__ = ["Prepared", "prepare", "save", "writable"]
 
+LARGEST_SHARD = 10 * GIB
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
@@ -84,7 +86,7 @@ def save(
     output: Path,
     *,
     origin: str = "",
-    max_shard_size: int = 10 * GIB,
+    max_shard_size: int = LARGEST_SHARD,
     overwrite: bool = False,
     check: Check | None = None,
     on_progress: Progress | None = None,
@@ -93,7 +95,8 @@ def save(
 
     check  called with the files before they get their names; what it raises removes them
 
-    Raises ConvertError when the output is in the way or of the wrong kind.
+    Raises ConvertError when the output is in the way or of the wrong kind, and for the size of shards
+    where there are none.
     """
     export = prepared.export
     if export.config is None:
@@ -101,6 +104,11 @@ def save(
             raise ConvertError(
                 f"{prepared.format} is one file, {str(output)!r} names a folder",
                 hint=f"{output / 'transformer.safetensors'}",
+            )
+        if max_shard_size != LARGEST_SHARD:
+            raise ConvertError(
+                f"{prepared.format} is one file, --max-shard-size would divide it",
+                hint="leave --max-shard-size out",
             )
         metadata = {"format": "pt", **export.metadata}
         path = write_file(

@@ -247,6 +247,9 @@ def test_comfys_dialect_has_the_bytes_that_comfy_kitchen_makes_of_each_stored_we
     assert same(written[f"{name}.weight"], codes << 4 | codes >> 4)
     assert same(written[f"{name}.weight_scale_2"], made[Role.TENSOR_SCALE])
     assert len(done.plan.quantized) == len(done.plan.layers)
+    shards = Writing(output_dir=file, max_shard_size=1.0, overwrite=True)
+    with pytest.raises(ConvertError, match="--max-shard-size would divide it"):
+        fresh(shards, source=str(BASE), dialect="comfy", pattern_preset="none")
 
 
 def test_the_family_decides_what_stays_and_the_report_says_what_the_rest_lost(

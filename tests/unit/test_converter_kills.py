@@ -30,15 +30,16 @@ from diffquant.converters._options import Choosing, Writing
 torch.set_num_threads(1)
 writing.MARK = 4096
 source, pipeline, modelslim = sys.argv[1:]
-settings = dict(max_shard_size=200_000 / 2**30, overwrite=True)
+whole = dict(overwrite=True)
+settings = dict(max_shard_size=200_000 / 2**30, **whole)
 CONVERTERS = {
     "fp8": lambda out: fp8.build(Writing(output_dir=out, **settings), from_bf16=source),
     "mxfp8": lambda out: mx.build(source, Writing(output_dir=out, **settings), encoding="mxfp8"),
     "comfy": lambda out: mx.build(
-        source, Writing(output_dir=out, **settings), encoding="mxfp8", dialect="comfy"
+        source, Writing(output_dir=out, **whole), encoding="mxfp8", dialect="comfy"
     ),
     "svdquant": lambda out: svdquant.build(
-        Writing(output_dir=out, **settings), from_bf16=source, rank=16, rounds=1
+        Writing(output_dir=out, **whole), from_bf16=source, rank=16, rounds=1
     ),
     "wan": lambda out: wan.repack(
         Path(pipeline), Path(modelslim), out, model_type="Wan2.2-T2V-A14B",
