@@ -63,6 +63,7 @@ class Needs:
     """What must hold for a kernel to run a piece. Empty sets mean "any".
 
     encodings    names of encodings
+    options      of the encoding that it knows, None: all;  requires: those that must be spelled
     scales       weight-scale roles it can apply; the piece's must be among them
     activations  canonical activation strings it quantizes itself; "none" is weight-only, "any" all
     layouts      orders in which a file may store the codes
@@ -74,6 +75,7 @@ class Needs:
 
     encodings: frozenset[str] = frozenset()
     options: frozenset[str] | None = None
+    requires: frozenset[str] = frozenset()
     scales: frozenset[Role] = frozenset()
     activations: frozenset[str] = frozenset({WEIGHT_ONLY})
     layouts: frozenset[str] = frozenset()
@@ -98,6 +100,7 @@ class Kernel:
     restore    the way back, bit by bit
     float32    `multiply` returns its float32 sum, so that the bias joins it before the one rounding
     opt_in     only runs when named by --kernel
+    predicts   only runs for faithful numerics, or when named: a weight-only kernel is faster
     keeps      asks `_keeping.rows_of` for decoded rows, which may then stay: bit-identical either way
     untried    never run on the hardware it needs; the README's matrix says so
     """
@@ -110,6 +113,7 @@ class Kernel:
     restore: "Callable[[Parts, Spec], dict[Role, Tensor]] | None" = None
     float32: bool = False
     opt_in: bool = False
+    predicts: bool = False
     keeps: bool = False
     untried: bool = False
 
@@ -251,6 +255,8 @@ def _ways(piece: Piece, kernel: Kernel, numerics: Numerics) -> list[Spec]:
 def _unwilling(name: str, kernel: Kernel, demanded: str | None, numerics: Numerics) -> str | None:
     if demanded is None and kernel.opt_in:
         return "runs only when named by --kernel"
+    if demanded is None and kernel.predicts and numerics != "faithful":
+        return "predicts quantized inputs: --numerics faithful"
     weight_only = kernel.needs.activations == {WEIGHT_ONLY}
     if demanded is None and numerics == "faithful" and weight_only and name != DENSE.name:
         return "decodes in its own way, and faithful numerics are the reference's"
@@ -287,6 +293,8 @@ def _refuses_numbers(needs: Needs, spec: Spec, device: Device) -> str | None:
         return f"multiplies {_listed(needs.encodings)}, not {spec.encoding.name}"
     if needs.options is not None and not _spelled_options(spec.encoding) <= needs.options:
         return f"does not know {spec.encoding}"
+    if not needs.requires <= _spelled_options(spec.encoding):
+        return f"needs {_listed(needs.requires)}, this is {spec.encoding}"
     scales = spec.roles & SCALE_ROLES
     if needs.scales and not scales <= needs.scales:
         return f"cannot apply {_listed(scales - needs.scales)}"

@@ -16,7 +16,7 @@ from diffquant import device
 from diffquant.encodings import ENCODINGS, Granularity, Recipe
 from diffquant.errors import PlanError
 from diffquant.kernels import KERNEL_ROLES, KERNELS, WEIGHT_ONLY, Kernel, Spec, refusal
-from diffquant.plan import Activation, Encoding, Role
+from diffquant.plan import Activation, Encoding, Options, Role
 
 NAMES = KERNELS.names()
 CPU = device.parse("cpu")
@@ -46,9 +46,11 @@ def weight(shape_NK: tuple[int, int], size: float, smaller: float) -> Tensor:
     return values
 
 
-def encoded(name: str, grain: Granularity, values: Tensor) -> dict[Role, Tensor] | None:
+def encoded(
+    name: str, grain: Granularity, values: Tensor, columns: int = 32
+) -> dict[Role, Tensor] | None:
     """The values in that encoding, or None where it has no scales of that granularity."""
-    codec, sizes = ENCODINGS.load(name), {"group": 32, "block": 128}
+    codec, sizes = ENCODINGS.load(name), {"group": columns, "block": 128}
     scale = {"tensor": Role.TENSOR_SCALE, "channel": Role.CHANNEL_SCALE}.get(
         grain, Role.BLOCK_SCALE
     )
@@ -80,12 +82,28 @@ def activations(kernel: Kernel) -> list[Activation | None]:
     """None, or each dynamic one of a kernel that only multiplies quantized inputs."""
     if WEIGHT_ONLY in kernel.needs.activations:
         return [None]
-    words = [text.split(":") for text in sorted(kernel.needs.activations)]
     return [
-        Activation(number=number, granularity=granularity, mode="dynamic")  # type: ignore[arg-type]
-        for number, granularity, mode in words
-        if mode == "dynamic"
+        spoken(text) for text in sorted(kernel.needs.activations) if "dynamic" in text.split(":")
     ]
+
+
+def spoken(text: str) -> Activation:
+    """The activation that `str` spells so: int4:group64:dynamic:unsigned."""
+    number, grain, mode, *marks = text.split(":")
+    granularity = grain.rstrip("0123456789")
+    return Activation(
+        number=number,
+        granularity=granularity,  # type: ignore[arg-type]
+        group=int(grain.removeprefix("group")) if granularity != grain else None,
+        mode=mode,  # type: ignore[arg-type]
+        unsigned="unsigned" in marks,
+    )
+
+
+def spelled(kernel: Kernel) -> Options:
+    """The options without which the kernel runs nothing."""
+    pairs = (option.partition("=") for option in sorted(kernel.needs.requires))
+    return tuple((key, value) for key, _, value in pairs)
 
 
 def cases_with(kernel: Kernel, activation: Activation | None, dtype: torch.dtype) -> Iterator[Case]:
@@ -93,12 +111,13 @@ def cases_with(kernel: Kernel, activation: Activation | None, dtype: torch.dtype
         for grain in GRANULARITIES:
             for m, n, k in SHAPES:
                 for size, smaller in MAGNITUDES:
-                    parts = encoded(encoding, grain, weight((n, k), size, smaller))
+                    group = activation.group if activation and activation.group else 32
+                    parts = encoded(encoding, grain, weight((n, k), size, smaller), group)
                     if parts is None:
                         continue
                     roles = frozenset(parts) & KERNEL_ROLES
                     spec = Spec(
-                        encoding=Encoding(encoding),
+                        encoding=Encoding(encoding, spelled(kernel)),
                         shape_NK=(n, k),
                         roles=roles,
                         activation=activation,
