@@ -145,7 +145,7 @@ def _answer(flag: str, alias: Flag, value: str | None) -> tuple[list[str], str]:
         raise UsageError(f"{flag} needs a value")
     if value == alias.only:
         return [], f"{flag} {value} is not needed: {alias.note}"
-    if alias.only is not None and alias.to is None:
+    if alias.refused is not None:
         raise UsageError(f"{flag} {value}: {alias.refused}", hint=f"leave {flag} out")
     if alias.values:
         return _answer_value(flag, alias, value)

@@ -108,7 +108,10 @@ def _meaning(asked: str) -> aliases.Quantization:
             f"no quantization is called {asked!r}", hint=f"one of: {', '.join(near or known)}"
         )
     if words[asked].refused:
-        raise UsageError(f"--quantization {asked} is refused: {words[asked].refused}")
+        raise UsageError(
+            f"--quantization {asked} is refused: {words[asked].refused}",
+            hint="leave it out for weights that are quantized; for others --quantization fp8, int8 …",
+        )
     return words[asked]
 
 
