@@ -15,7 +15,7 @@ FP8 = Path(__file__).parents[1] / "data" / "modelopt" / "flux" / "fp8"
 GENERATE_OPTIONS = """
 --prompt --negative-prompt --width --height --num-inference-steps --guidance-scale --true-cfg-scale
 --seed --num-images-per-prompt --image --mask-image --num-frames --fps --guidance-scale-2 --max-sequence-length
---output-path --output-file-name --input-file --profile
+--output-path --output-file-name --input-file --engine --ray-address --replicas --profile
 --model-path --transformer-path --transformer-weights-path --model-id --revision --local-files-only
 --quantization --quantization-ignored-layers --quantization-scope --quantization-preset --quantize-all --requantize
 --enable-svdquant --quantization-precision
@@ -249,5 +249,5 @@ def test_presets_lists_all_and_shows_one(capsys: pytest.CaptureFixture[str]) -> 
     assert "flux1-fp8" in capsys.readouterr().out
     assert run(["presets", "flux1-fp8"]) == 0
     assert "keeps" in capsys.readouterr().out
-    assert run(["presets", "flux1-fp9"]) == 1
+    assert run(["presets", "flux1-fp9"]) == 2
     assert "flux1-fp8" in capsys.readouterr().err
