@@ -1,17 +1,19 @@
 """A child process that runs our Triton kernels on a CPU: interpreted, or compiled without a GPU.
 
     TRITON_INTERPRET=1 python tests/interpreted.py errors
+    TRITON_INTERPRET=1 python tests/interpreted.py step
     python tests/interpreted.py compiled 90 svdq fp8
 
 Triton decides when it is imported which of the two it does, so that neither can happen in a process
 that runs other tests. `errors` prints one JSON record per product; `compiled` one per launch of the
-kinds that are named, with what the code for that compute capability multiplies by.
+kinds that are named, with what the code for that compute capability multiplies by; `step` how far one
+step of the bundled model is from faithful numerics, with our kernels and weight-only.
 """
 
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from diffquant.encodings import ENCODINGS, Recipe
-from diffquant.kernels import KERNELS, Spec, spec_of
+from diffquant.kernels import KERNELS, Numerics, Spec, spec_of
 from diffquant.linear import Holding, QuantLinear
 from diffquant.plan import (
     Activation,
@@ -262,6 +264,37 @@ def linear(
     )
 
 
+def step() -> Iterator[dict[str, Any]]:
+    """SVDQuant INT4 as Hopper would run it, modulations included."""
+    wanted = drawn("faithful")
+    ways: tuple[Numerics, ...] = ("weight-only", "auto")
+    for way in ways:
+        if way == "auto":
+            for name in ("triton_svdq", "triton_int4"):
+                module = sys.modules[f"{KERNELS.package}.{name}"]
+                needs = replace(module.KERNEL.needs, devices=frozenset({"cpu"}), sm=None)
+                module.KERNEL = replace(module.KERNEL, needs=needs)  # type: ignore[attr-defined]
+        lost = (drawn(way) - wanted).norm() / wanted.norm()
+        yield {"numerics": way, "error": float(lost)}
+
+
+def drawn(numerics: Numerics) -> Tensor:
+    """One step of the bundled model, its weights quantized while loading."""
+    import diffquant
+    from diffquant import run
+
+    pipeline = diffquant.load(
+        model_path="emoji_flux",
+        quantization="svdq_int4",
+        numerics=numerics,
+        dtype="float32",
+        device="cpu",
+    )
+    sizes = {"num_inference_steps": 1, "height": 64, "width": 64, "max_sequence_length": 16}
+    asked = run.fill(run.Request(prompt="red apple"), pipeline, sizes)
+    return run.draw(pipeline, asked, lambda *_: {}).double()
+
+
 def compiled(sm: int, *names: str) -> Iterator[dict[str, Any]]:
     """Each launch of these kinds for few and for many tokens of bf16."""
     launches = for_hardware(sm)
@@ -309,5 +342,10 @@ def for_hardware(sm: int) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    for found in errors() if sys.argv[1] == "errors" else compiled(int(sys.argv[2]), *sys.argv[3:]):
+    tasks: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+        "errors": errors,
+        "step": step,
+        "compiled": lambda: compiled(int(sys.argv[2]), *sys.argv[3:]),
+    }
+    for found in tasks[sys.argv[1]]():
         sys.stdout.write(json.dumps(found) + "\n")

@@ -77,6 +77,14 @@ def test_svdq_adds_the_low_rank_branch_itself(role: str, errors: list[dict[str, 
     assert len([each for each in whole if each["wrong"] == role]) == 2
 
 
+@pytest.mark.long
+def test_a_step_of_the_bundled_model_is_what_faithful_numerics_predict(tmp_path: Path) -> None:
+    found = told(tmp_path, "step", TRITON_INTERPRET="1")
+    errors = {each["numerics"]: each["error"] for each in found}
+    assert errors["auto"] <= 1e-5
+    assert errors["weight-only"] > 1e-2
+
+
 def compiles(cache: Path, sm: int, kinds: list[str]) -> None:
     """Every launch makes code for the capability; the products multiply what they should."""
     for made in told(cache, "compiled", str(sm), *kinds):
