@@ -38,7 +38,8 @@ class Stream(nn.Module):
         gate, shift, scale, gate_mlp = parts
         x = x + gate * self.out(attended)
         hidden = gelu(self.up(modulated(x, shift, scale)), approximate="tanh")
-        return x + gate_mlp * self.down(hidden)
+        total: Tensor = x + gate_mlp * self.down(hidden)
+        return total
 
 
 class Double(nn.Module):
@@ -80,7 +81,8 @@ class Single(nn.Module):
         h = modulated(x, shift, scale)
         attended = attention(split(self.q(h)), split(self.k(h)), split(self.v(h)), turns)
         hidden = gelu(self.up(h), approximate="tanh")
-        return x + gate * self.out(torch.cat((attended, hidden), -1))
+        total: Tensor = x + gate * self.out(torch.cat((attended, hidden), -1))
+        return total
 
 
 class Flux(nn.Module):
@@ -97,7 +99,8 @@ class Flux(nn.Module):
         x = torch.cat((text, image), 1)
         for block in self.singles:
             x = block(x, vector, turns)
-        return x[:, text.shape[1] :]
+        image = x[:, text.shape[1] :]
+        return image
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
