@@ -21,7 +21,7 @@ from diffquant.kernels import (
     _backends,
     refusal,
 )
-from diffquant.plan import DENSE, Activation, Encoding, Role
+from diffquant.plan import DENSE, ROW_MAJOR, Activation, Encoding, Role
 
 PACKAGES = (
     "diffquant",
@@ -92,11 +92,14 @@ def _device(each: Device, best: Device) -> dict[str, Any]:
 def _obstacle(kernel: Kernel, place: Device) -> str | None:
     """Why the kernel can run nothing on the device: what it says to the easiest piece there is."""
     needs = kernel.needs
+    spelled = (option.partition("=") for option in sorted(needs.requires))
+    options = tuple((key, value) for key, _, value in spelled)
     easiest = Spec(
-        encoding=Encoding(min(needs.encodings, default=DENSE.name)),
+        encoding=Encoding(min(needs.encodings, default=DENSE.name), options),
         shape_NK=(needs.multiple_of_N, needs.multiple_of_K),
         roles=frozenset({Role.CODES}),
         activation=_easiest_activation(needs),
+        layout=min(needs.layouts, default=ROW_MAJOR.name),
     )
     return refusal(kernel, easiest, place)
 

@@ -185,7 +185,7 @@ def choose(
 
 def refusal(kernel: Kernel, spec: Spec, device: Device) -> str | None:
     """Why the kernel may not run such a piece on the device; None when it may."""
-    checks = (_refuses_numbers, _refuses_layout, _refuses_device, _refuses_shape)
+    checks = (_refuses_numbers, _refuses_device, _refuses_layout, _refuses_shape)
     for check in (*checks, _refuses_packages):
         reason = check(kernel.needs, spec, device)
         if reason is not None:

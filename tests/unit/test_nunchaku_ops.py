@@ -336,3 +336,9 @@ def home(kernel: str) -> str:
 def test_hopper_is_told_that_nothing_is_built_for_it() -> None:
     told = refusal(KERNELS.load("nunchaku_awq"), layer("nunchaku_awq")[0], there("sm90"))
     assert told == "is not built for sm90 to sm119, this is sm90"
+
+
+@pytest.mark.parametrize("kernel", LAYERS)
+def test_other_hardware_is_told_so_before_anything_else(kernel: str) -> None:
+    rows = replace(layer(kernel)[0], layout="row_major")
+    assert refusal(KERNELS.load(kernel), rows, there("cpu")) == "needs cuda, this is cpu"
