@@ -7,6 +7,7 @@ and DoRA divides by its norm.
 """
 
 import json
+import logging
 import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -149,7 +150,7 @@ class _Loader:
             if isinstance(module, QuantLinear):
                 _require_fit(path, module, wanted[path], tensors)
         name = adapter_name or f"default_{_count(pipeline, target)}"
-        with _weights_in_state_dicts(_models(pipeline).values()):
+        with _weights_in_state_dicts(_models(pipeline).values()), _misfits_told(pipeline, told):
             type(pipeline).load_lora_weights(pipeline, source, adapter_name=name, **options)
         _ADAPTERS.setdefault(pipeline, {})[name] = Adapter(
             name=name,
@@ -354,6 +355,28 @@ def _models(pipeline: Any) -> dict[str, nn.Module]:
 
 def _is_encoded(model: nn.Module) -> bool:
     return any(isinstance(module, QuantLinear) for module in model.modules())
+
+
+@contextmanager
+def _misfits_told(pipeline: Any, told: str) -> Iterator[None]:
+    """Dense layers are fitted by diffusers alone, which may widen them. Of those it cannot, its log
+    and torch's error list every one; here the first of them is said once."""
+    log = logging.getLogger("diffusers.loaders.peft")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except RuntimeError as error:
+        misfits = [line.strip() for line in str(error).splitlines() if "size" in line]
+        if not misfits or type(error) is not RuntimeError:  # a subclass: no memory left
+            raise
+        more = f" (and {len(misfits) - 1} more)" if len(misfits) > 1 else ""
+        raise UsageError(
+            f"the LoRA {told!r} does not fit the {type(pipeline).__name__}: {misfits[0]}{more}",
+            hint="is it a LoRA of another model? see `diffquant inspect BASE --lora FILE`",
+        ) from error
+    finally:
+        log.setLevel(level)
 
 
 @contextmanager

@@ -322,3 +322,18 @@ def test_each_of_two_experts_gets_its_own_adapter(tmp_path: Path) -> None:
     )
     assert isinstance(first.base_layer, QuantLinear)
     assert (first.scaling, second.scaling) == ({"high": 1.0}, {"low": 0.5})
+
+
+def test_a_lora_too_wide_for_a_dense_layer_is_one_clear_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, file = tiny.tiny_flux_pipeline(tmp_path / "flux"), tmp_path / "wide.safetensors"
+    path = "transformer.transformer_blocks.0.attn.to_q"
+    wide = {f"{path}.lora_A.weight": torch.ones(4, 999), f"{path}.lora_B.weight": torch.ones(7, 4)}
+    save_file(wide, file)
+    words = ["generate", "--prompt", "red car", "--model-path", str(base), "--device", "cpu"]
+    assert cli.run([*words, "--lora", str(file), "--output-path", str(tmp_path)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-2].startswith(f"error: the LoRA '{file}' does not fit the FluxPipeline: ")
+    assert lines[-1].startswith("hint: is it a LoRA of another model?")
+    assert "unsuccessful" not in "".join(lines)
