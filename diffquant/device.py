@@ -61,11 +61,11 @@ class HostMemory:
 
 
 #: CUDA compute capabilities a person may name.
-_SM = (70, 72, 75, 80, 86, 87, 89, 90, 100, 101, 103, 110, 120, 121)
+CAPABILITIES = (70, 72, 75, 80, 86, 87, 89, 90, 100, 101, 103, 110, 120, 121)
 
 #: Architectures `--device` takes for a dry run -> kind and compute capability.
 ARCHITECTURES: dict[str, tuple[Kind, int | None]] = {
-    **{f"sm{sm}": ("cuda", sm) for sm in _SM},
+    **{f"sm{sm}": ("cuda", sm) for sm in CAPABILITIES},
     "gfx90a": ("rocm", None),
     "gfx942": ("rocm", None),
     "gfx950": ("rocm", None),

@@ -48,7 +48,7 @@ def COMMAND(prepared: Prepared, /, as_json: bool, memory: int | None, **values: 
     dry = replace(dry, device=replace(dry.device, memory=memory or dry.device.memory))
     drawn = forecast.canvas(_drawn(dry, values), dry.resolution.pipeline)
     ways = {mode: _forecast(dry, drawn, mode) for mode in _modes(dry)}
-    command = _command(prepared, values, dry.run.processes)
+    command = _command(prepared, values, dry)
     if as_json:
         found = {text: reach.to_json() for text, reach in reaches.items()}
         click.echo(json.dumps({**_json(dry, ways, command), "lora": found}, indent=2))
@@ -168,10 +168,13 @@ def _needed(dry: loading.DryRun, peaks: forecast.Forecast) -> tuple[int, int | N
     return peaks.device_peak_bytes, dry.device.memory
 
 
-def _command(prepared: Prepared, values: Mapping[str, Any], processes: int) -> str:
-    """The generate command of the same words."""
-    words = [word for word in _without(prepared.words, MEMORY) if word not in ONLY_HERE]
+def _command(prepared: Prepared, values: Mapping[str, Any], dry: loading.DryRun) -> str:
+    """The generate command of the same words, as it is typed on the machine that was meant."""
+    given = _without(prepared.words, MEMORY)
+    given = given if dry.device.present else _without(given, "--device")
+    words = [word for word in given if word not in ONLY_HERE]
     prompt = () if values["prompt"] else ("--prompt", "red apple")
+    processes = dry.run.processes
     start = (*ranks.launcher(processes), "-m") if processes > 1 else ()
     told = ("diffquant", "generate", *prompt, *words, *prepared.component_words)
     return shlex.join([*start, *told])

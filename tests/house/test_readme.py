@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 def block(name: str) -> str:
@@ -40,14 +41,22 @@ def test_every_python_block_runs(tmp_path: Path) -> None:
         assert ran.returncode == 0, ran.stderr
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#:]+)\)", README))
-def test_every_link_leads_somewhere(link: str) -> None:
-    assert (ROOT / link).exists()
+def found(pattern: str) -> list[tuple[Path, str]]:
+    """Every page and what of it the pattern catches, each once."""
+    return [
+        (page, text)
+        for page in PAGES
+        for text in sorted(set(re.findall(pattern, page.read_text("utf-8"))))
+    ]
 
 
-NAMED = re.findall(r"`((?:tests|diffquant|presets|converters|examples)/[\w./-]*)`", README)
+@pytest.mark.parametrize(("page", "link"), found(r"\]\(([^)#:]+)\)"))
+def test_every_link_leads_somewhere(page: Path, link: str) -> None:
+    assert (page.parent / link).exists()
 
 
-@pytest.mark.parametrize("path", sorted(set(NAMED)))
-def test_every_path_that_is_named_exists(path: str) -> None:
-    assert (ROOT / path).exists()
+@pytest.mark.parametrize(
+    ("page", "path"), found(r"`((?:tests|diffquant|presets|converters|examples)/[\w./-]*)`")
+)
+def test_every_path_that_is_named_exists(page: Path, path: str) -> None:
+    assert (ROOT / path).exists(), page

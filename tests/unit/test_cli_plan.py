@@ -16,7 +16,14 @@ def test_plan_says_which_offload_fits(capsys: pytest.CaptureFixture[str]) -> Non
     assert list(fits) == ["none", "model", "layerwise", "disk"]
     assert fits["none"].endswith("does not fit into 6.00 MB")
     assert fits["layerwise"].endswith("  fits into 6.00 MB")
-    assert "--memory" not in told.splitlines()[-1]
+    command = told.splitlines()[-1]
+    assert command == "diffquant generate --prompt 'red apple' --offload layerwise"
+
+
+def test_the_command_keeps_a_device_that_is_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "--device", "cpu"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1] == "diffquant generate --prompt 'red apple' --device cpu"
 
 
 def test_plan_asks_for_the_memory_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
