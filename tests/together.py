@@ -43,7 +43,8 @@ def exchange_nothing(pipeline: Any) -> None:
                 module.processor._parallel_config = None
 
 
-def main(jobs: Path) -> None:
+def main() -> None:
+    jobs = Path(sys.argv[1])
     for job in json.loads(jobs.read_text("utf-8")):
         if "words" in job:
             assert command(job["words"]) == 0
@@ -54,7 +55,3 @@ def main(jobs: Path) -> None:
         apart = pixels(pipeline, job["request"])
         if os.environ["RANK"] == "0":
             np.savez(jobs.parent / f"{job['name']}.npz", together=together, apart=apart)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

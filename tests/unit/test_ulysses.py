@@ -33,19 +33,22 @@ SPLITTABLE = [
 ]
 IN_CI = ("flux-dev", "qwen-image-edit", "wan-t2v-experts")
 ODD = {"flux-dev": {"width": 36, "height": 36}}
+ROOT = Path(__file__).parents[2]
+#: The checkout comes last: the diffquant that is tested may be an installed one.
+JOBS = f"import sys; sys.path.append({str(ROOT)!r}); from tests import together; together.main()"
 
 
 def psnr(ours: "np.ndarray[Any, Any]", theirs: "np.ndarray[Any, Any]") -> float:
     return float(-10 * np.log10(np.mean((ours - theirs) ** 2) + 1e-20))
 
 
-def torchrun(count: int, *program: str) -> "subprocess.CompletedProcess[str]":
-    """As a person types it, with a port of its own."""
+def torchrun(folder: Path, count: int, *program: str) -> "subprocess.CompletedProcess[str]":
+    """As a person types it in `folder`, with a port of its own."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(
         [*start, "--nproc-per-node", str(count), *program],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        cwd=Path(__file__).parents[2],
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=300,
@@ -81,7 +84,7 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any
 def drawn_by(count: int, jobs: list[dict[str, Any]], folder: Path) -> str:
     """What the processes said; their pictures lie in `folder`."""
     (folder / "jobs.json").write_text(json.dumps(jobs), "utf-8")
-    done = torchrun(count, "-m", "tests.together", str(folder / "jobs.json"))
+    done = torchrun(folder, count, "--no-python", sys.executable, "-c", JOBS, "jobs.json")
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout + done.stderr
 
@@ -181,7 +184,7 @@ def test_three_processes_share_three_heads_and_a_length_that_three_does_not_divi
 @pytest.mark.long
 def test_a_refusal_is_said_once_though_every_process_meets_it(tmp_path: Path) -> None:
     words = ("generate", "--prompt", "x", "--device", "cpu", "--ulysses-degree", "3")
-    done = torchrun(2, "-m", "diffquant", *words)
+    done = torchrun(tmp_path, 2, "-m", "diffquant", *words)
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1
     assert "hint: torchrun --nproc-per-node 3 -m diffquant generate" in done.stderr
