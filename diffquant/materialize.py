@@ -3,7 +3,9 @@
 Weights are mapped from disk and assigned, not copied, as long as nothing about them has to change.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,6 +26,20 @@ from diffquant.tensors import Passing
 Progress = Callable[[int, int], None]
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's collector of cycles, which would look through thousands of new modules again and
+    again, and through all there was before, for garbage that loading does not make."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_uncollected()
 def materialize(
     plan: Plan,
     choices: Sequence[Choice],

@@ -38,12 +38,15 @@ class Registry(Generic[T]):
                 f"no {kind} is called {name!r}",
                 hint=f"one of: {', '.join(near or self.names())}",
             )
-        loaded: T = getattr(import_module(f"{self.package}.{name}"), self.attribute)
-        return loaded
+        return self._object(name)
 
     def load_all(self) -> dict[str, T]:
         """Every object by name, in alphabetical order."""
-        return {name: self.load(name) for name in self.names()}
+        return {name: self._object(name) for name in self.names()}
+
+    def _object(self, name: str) -> T:
+        found: T = getattr(import_module(f"{self.package}.{name}"), self.attribute)
+        return found
 
 
 @cache

@@ -4,8 +4,9 @@ Needs are checked before anything is loaded and every refusal is kept; try/excep
 `reference` is last and always possible, and it is the definition of correct.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Literal
 
 from diffquant.device import Device
@@ -166,15 +167,15 @@ def choose(
 
     Raises KernelError when nothing may run.
     """
-    known = KERNELS.load_all() if kernels is None else kernels
-    ordered = sorted(known.items(), key=lambda item: item[1].rank)
+    contest = _everybody(KERNELS.names()) if kernels is None else _Contest(kernels)
     chosen: list[str] = []
     specs: list[Spec] = []
     refusals: list[Refusal] = []
     for piece in layer.pieces:
-        name, spec, refused = _choose_piece(piece, device, ordered, numerics, kernel)
+        asked = spec_of(piece, wanted(piece), frozenset(Role))
+        name, spec, refused = _choose_piece(asked, device, contest, numerics, kernel)
         if strict:
-            _require_native(layer.path, piece, name, spec, refused, known)
+            _require_native(layer.path, asked, name, spec, refused, contest.kernels)
         chosen.append(name)
         specs.append(spec)
         refusals.extend(item for item in refused if item not in refusals)
@@ -216,37 +217,52 @@ def wanted(piece: Piece) -> Activation | None:
     return piece.activation if piece.recode is None else piece.recode.activation
 
 
+class _Contest:
+    """Kernels by name, and in the order in which they are tried; equal to itself alone."""
+
+    def __init__(self, kernels: Mapping[str, Kernel]) -> None:
+        self.kernels = kernels
+        self.ordered = sorted(kernels.items(), key=lambda item: item[1].rank)
+
+
+@cache
+def _everybody(names: tuple[str, ...]) -> _Contest:
+    return _Contest(KERNELS.load_all())
+
+
+@lru_cache(maxsize=1024)
 def _choose_piece(
-    piece: Piece,
-    device: Device,
-    ordered: list[tuple[str, Kernel]],
-    numerics: Numerics,
-    demanded: str | None,
-) -> tuple[str, Spec, list[Refusal]]:
+    asked: Spec, device: Device, contest: _Contest, numerics: Numerics, demanded: str | None
+) -> tuple[str, Spec, tuple[Refusal, ...]]:
+    """Kernel, what it is told, and who refused before it. Thousands of layers ask a few questions.
+
+    asked  the piece as it is stored, with the activation its format wants and all of its roles
+    """
     refused: list[Refusal] = []
-    for name, kernel in ordered:
-        for spec in _ways(piece, kernel, numerics):
+    for name, kernel in contest.ordered:
+        for spec in _ways(asked, kernel, numerics):
             reason = _unwilling(name, kernel, demanded, numerics) or refusal(kernel, spec, device)
             if reason is None:
-                return name, spec, refused
+                return name, spec, tuple(refused)
             if _concerns(kernel, spec):
                 refused.append(Refusal(name, reason))
     raise KernelError(
-        f"no kernel runs {piece.runs_as} on {device.name}"
+        f"no kernel runs {asked.encoding} on {device.name}"
         + (f": {demanded} was demanded" if demanded else ""),
         hint="; ".join(f"{item.kernel}: {item.reason}" for item in refused) or None,
     )
 
 
-def _ways(piece: Piece, kernel: Kernel, numerics: Numerics) -> list[Spec]:
+def _ways(asked: Spec, kernel: Kernel, numerics: Numerics) -> list[Spec]:
     """How this kernel could be asked to run the piece, the most faithful way first."""
-    asked = wanted(piece)
+    seen = replace(asked, roles=asked.roles & (KERNEL_ROLES | kernel.fuses))
+    narrow = asked.activation is not None
     ways = []
     emulates = ANY_ACTIVATION in kernel.needs.activations
-    if asked is not None and numerics != "weight-only" and not (emulates and numerics == "auto"):
-        ways.append(spec_of(piece, asked, kernel.fuses))
-    if asked is None or numerics != "faithful":
-        ways.append(spec_of(piece, None, kernel.fuses))
+    if narrow and numerics != "weight-only" and not (emulates and numerics == "auto"):
+        ways.append(seen)
+    if not narrow or numerics != "faithful":
+        ways.append(replace(seen, activation=None))
     # A kernel that only multiplies quantized activations has no weight-only way.
     weight_only = WEIGHT_ONLY in kernel.needs.activations
     return [way for way in ways if way.activation is not None or weight_only] or ways[:1]
@@ -272,13 +288,13 @@ def _concerns(kernel: Kernel, spec: Spec) -> bool:
 
 def _require_native(
     path: str,
-    piece: Piece,
+    wish: Spec,
     name: str,
     spec: Spec,
-    refused: list[Refusal],
+    refused: Sequence[Refusal],
     known: Mapping[str, Kernel],
 ) -> None:
-    asked = wanted(piece)
+    asked = wish.activation
     emulated = ANY_ACTIVATION in known[name].needs.activations
     if asked is not None and (spec.activation is None or emulated):
         reasons = "; ".join(f"{item.kernel}: {item.reason}" for item in refused)
