@@ -17,7 +17,8 @@ A preset is a file of `presets/`, its stem the name. Every file has the same sha
 
 An algorithm is a value of --quantization (fp8, nvfp4 …), or the name of an exported form whose
 makers already chose layers (modelopt_fp8, modelopt_nvfp4). A family needs no file for each of them:
-where it has none, the rules of the nearest algorithm serve.
+a file may be meant for several, and where a family has none, the rules of the nearest algorithm
+serve. Either way `FAMILY-ALGORITHM` is a name for them.
 """
 
 import tomllib
@@ -93,11 +94,16 @@ def names() -> tuple[str, ...]:
 
 @cache
 def load(name: str) -> Preset:
-    """The preset of that name. Raises UsageError when there is none, PresetError for a bad one."""
-    if name not in names():
-        near = patterns.nearest(name, names()) or names()
-        raise UsageError(f"no preset is called {name!r}", hint=f"one of: {', '.join(near)}")
-    return parse(name, files("diffquant.presets").joinpath(f"{name}.toml").read_text("utf-8"))
+    """The preset of that name, or the one that serves where `FAMILY-ALGORITHM` has no file: its own
+    name says which. Raises UsageError when there is none, PresetError for a bad one."""
+    if name in names():
+        text = files("diffquant.presets").joinpath(f"{name}.toml").read_text("utf-8")
+        return parse(name, text)
+    family, _, algorithm = name.partition("-")
+    if (serving := for_algorithm(family, algorithm)) is not None:
+        return serving
+    near = patterns.nearest(name, names()) or names()
+    raise UsageError(f"no preset is called {name!r}", hint=f"one of: {', '.join(near)}")
 
 
 def find(name: str) -> Preset:

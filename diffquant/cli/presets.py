@@ -59,7 +59,7 @@ class Cost:
 @_options.JSON
 def COMMAND(name: str | None, model: str | None, as_json: bool) -> None:
     """List presets, or show the one called NAME: layers it keeps with the reason and the bytes that
-    takes, and defaults. NAME may be a TOML file."""
+    takes, and defaults. NAME may be a TOML file, or FAMILY-ALGORITHM for the one that serves."""
     if name is None:
         if model is not None:
             raise UsageError(
@@ -73,7 +73,7 @@ def COMMAND(name: str | None, model: str | None, as_json: bool) -> None:
         told = {**_json(each), "cost": None if found is None else asdict(found)}
         click.echo(json.dumps(told, indent=2))
     else:
-        click.echo(_told(each, found))
+        click.echo(_told(each, found, asked=name))
 
 
 def cost(each: Preset, model: str | None = None) -> Cost | None:
@@ -205,6 +205,7 @@ def _json(each: Preset) -> dict[str, Any]:
         "name": each.name,
         "family": each.family,
         "algorithms": list(each.algorithms),
+        "for_want_of_better": _served(each),
         "models": list(each.models),
         "complete": each.complete,
         "keep": [asdict(keep) for keep in each.keep],
@@ -213,20 +214,23 @@ def _json(each: Preset) -> dict[str, Any]:
 
 
 def _summary(each: Preset) -> str:
+    served = _served(each)
+    wanting = f"for want of better {', '.join(served)}" if served else ""
     kept = f"keeps {_talk.count(len(each.keep), 'pattern')}" if each.keep else ""
-    defaults = ", ".join(f"{key} {value}" for key, value in each.defaults.items())
-    return "; ".join(text for text in (", ".join(each.algorithms), kept, defaults) if text)
+    defaults = ", ".join(f"{key} {value!r}" for key, value in each.defaults.items())
+    return "; ".join(text for text in (", ".join(each.algorithms), wanting, kept, defaults) if text)
 
 
-def _told(each: Preset, found: Cost | None) -> str:
+def _told(each: Preset, found: Cost | None, *, asked: str) -> str:
     served = _served(each)
     facts = [
         ("preset", each.name),
+        *_why_this(each, asked),
         ("family", each.family),
         ("algorithms", ", ".join(each.algorithms) or "-"),
         *([("for want of better", ", ".join(served))] if served else []),
         ("models", ", ".join(each.models) or "the whole family"),
-        *((key, str(value)) for key, value in each.defaults.items()),
+        *((key, repr(value)) for key, value in each.defaults.items()),
     ]
     parts = [_talk.facts(facts)]
     if found is not None:
@@ -236,6 +240,16 @@ def _told(each: Preset, found: Cost | None) -> str:
         parts += ["keeps\n" + _talk.table(kept)]
         parts += [f"what that costs is not known: nobody described the layers of {each.family}"]
     return "\n\n".join(parts)
+
+
+def _why_this(each: Preset, asked: str) -> list[tuple[str, str]]:
+    """Which algorithm was asked for, where the preset is not called by its own name."""
+    algorithm = asked.removeprefix(f"{each.family}-")
+    if asked.endswith(".toml") or asked == each.name:
+        return []
+    if algorithm in each.algorithms:
+        return [("asked for", f"{asked}: the rules are meant for {algorithm} too")]
+    return [("asked for", f"{asked}: {each.family} has no rules of its own for {algorithm}")]
 
 
 def _costs(found: Cost) -> str:

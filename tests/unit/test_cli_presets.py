@@ -70,6 +70,28 @@ def test_algorithms_that_fall_back_to_a_preset_are_counted_with_it() -> None:
     assert {"fp8", "nvfp4", "svdq_int4"} <= {total.scheme for total in found.totals}
 
 
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ("flux1-int8", "flux1-int8: the rules are meant for int8 too"),
+        ("hunyuan_video-nvfp4", "hunyuan_video has no rules of its own for nvfp4"),
+    ],
+)
+def test_rules_that_serve_another_algorithm_say_so(
+    asked: str, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert why in told(capsys, asked)
+    assert "asked for" not in told(capsys, preset.load(asked).name)
+
+
+def test_the_list_says_what_each_serves_for_want_of_better(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = {line.split()[0]: line for line in told(capsys).splitlines()}
+    assert "for want of better int4, mxfp4, nvfp4, svdq" in lines["hunyuan_video-fp8"]
+    assert "for want of better" not in lines["flux1-nvfp4"]
+
+
 def test_a_model_of_ones_own_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
     text = told(capsys, "flux1-fp8", "--model", "emoji_flux")
     assert "emoji_flux: " in text and " MB in BF16" in text

@@ -95,7 +95,7 @@ def test_rules_are_found_by_family_and_algorithm() -> None:
         ("flux1", "svdq", "flux1-svdq"),
         ("flux2", "svdq", "flux2-nvfp4"),
         ("wan", "svdq", "wan-fp8"),
-        ("wan", "nvfp4", "wan-fp8"),
+        ("hunyuan_video", "nvfp4", "hunyuan_video-fp8"),
         ("z_image", "int4", "z_image-nvfp4"),
     ],
 )
@@ -105,6 +105,25 @@ def test_the_nearest_rules_serve_where_a_family_has_none_of_its_own(
     found = preset.for_algorithm(family, algorithm)
     assert found is not None
     assert found.name == name
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ("flux1-int8", "flux1-fp8"),
+        ("wan-nvfp4", "wan-fp8"),
+        ("flux1-mxfp4", "flux1-nvfp4"),
+        ("hunyuan_video-svdq", "hunyuan_video-fp8"),
+    ],
+)
+def test_family_and_algorithm_name_the_rules_that_serve(asked: str, name: str) -> None:
+    assert preset.load(asked) is preset.load(name)
+
+
+@pytest.mark.parametrize("asked", ["flux1-mx", "nothing-fp8", "wan-modelopt_nvfp4", "flux1"])
+def test_only_a_family_and_an_algorithm_there_are_name_rules(asked: str) -> None:
+    with pytest.raises(UsageError, match=f"no preset is called {asked!r}"):
+        preset.load(asked)
 
 
 @pytest.mark.parametrize(("family", "algorithm"), [("wan", "modelopt_nvfp4"), ("t5", "svdq")])
