@@ -17,8 +17,10 @@ check: ## what CI checks: style, types and tests against the built wheel
 test: ## the tests, without the long ones
 	$(BIN)/pytest
 
-long: ## the long tests alone: 20,000 damaged files, the wheel's contents, every scheme's memory, oldest and newest releases
-	$(BIN)/pytest -m long
+long: ## the long tests alone, hours of them, and docs/LONG.md: 20,000 damaged files, kills, every scheme's memory, oldest and newest releases
+	mkdir -p build
+	-$(BIN)/pytest -m long --junitxml=build/long.xml
+	$(BIN)/python -m benchmarks.long build/long.xml
 
 wheel: ## the wheel, in dist/
 	$(BIN)/python -m build --wheel
