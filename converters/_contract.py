@@ -161,6 +161,7 @@ def convert(plan: Plan, truth: Plan, dialect: str, writing: Writing) -> Converte
             prepared.export.config,
             max_error=writing.max_error,
             saved_to=writing.report,
+            may_stay=True,
             on_progress=shown.told("checking"),
         )
         files = exporting.save(
@@ -185,6 +186,7 @@ class Judge:
         *,
         max_error: float | None,
         saved_to: Path | None,
+        may_stay: bool = False,
         on_progress: Progress | None,
     ) -> None:
         self.report = NOTHING
@@ -192,6 +194,7 @@ class Judge:
         self._config = truth.config if config is None else config
         self._max_error = max_error
         self._saved_to = saved_to
+        self._may_stay = may_stay
         self._on_progress = on_progress
 
     def __call__(self, files: Sequence[Path]) -> None:
@@ -201,7 +204,7 @@ class Judge:
         )
         plan = planner.plan(written, headers.read(written.files), config=self._truth.config)
         self.report = compared(plan, self._truth, self._on_progress)
-        self.report.judge(self._max_error, self._saved_to)
+        self.report.judge(self._max_error, self._saved_to, may_stay=self._may_stay)
 
 
 def settled(source: str, reading: Reading) -> Plan:

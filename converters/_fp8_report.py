@@ -38,7 +38,7 @@ class Judged:
 
         def check(files: Sequence[Path]) -> None:
             self.report = measured(self._layers(_Written(files), on_progress))
-            self.report.judge(self._writing.max_error, self._writing.report)
+            self.report.judge(self._writing.max_error, self._writing.report, may_stay=True)
 
         return check
 

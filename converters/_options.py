@@ -1,7 +1,7 @@
 """What can be typed to every converter, each group of options as one value.
 
-Each decorator gives a command one parameter: `writing_options` (or `writing_argument`, where the output
-is no option) `writing`, `choosing_options` `choosing`, `calibration_options` `calibration` and
+Each decorator gives a command one parameter: `writing_options` (`writing_argument` where the output is
+no option, `writing_path` where it is called --output-path) `writing`, `choosing_options` `choosing`, `calibration_options` `calibration` and
 `reading_options` `reading`. The command never sees the single options.
 """
 
@@ -133,8 +133,11 @@ _OUTPUT_DIR = click.option(
 )
 _OUTPUT = click.argument("output_dir", metavar="OUTPUT", type=NEW)
 
+_OUTPUT_PATH = click.option("--output-path", "output_dir", required=True, type=NEW)
+
 writing_options = _grouped("writing", Writing, _OUTPUT_DIR, *_WRITING)
 writing_argument = _grouped("writing", Writing, _OUTPUT, *_WRITING)
+writing_path = _grouped("writing", Writing, _OUTPUT_PATH, *_WRITING)
 
 reading_options = _grouped(
     "reading",

@@ -38,9 +38,9 @@ class Report:
     def worst(self) -> tuple[LayerFidelity, ...]:
         return self.layers[:WORST]
 
-    def judge(self, max_error: float | None, path: Path | None) -> None:
+    def judge(self, max_error: float | None, path: Path | None, *, may_stay: bool = False) -> None:
         """Saves it to `path`. Raises ConvertError when a layer lost a larger part of its weight than
-        `max_error`."""
+        `max_error`; `may_stay` when it can be left as it is instead."""
         if path is not None:
             self.save(path)
         if max_error is None or not self.layers or _error(self.layers[0]) <= max_error:
@@ -50,7 +50,9 @@ class Report:
         raise ConvertError(
             f"{over} of {len(self.layers)} layers are worse than --max-error {max_error:g}, the "
             f"worst is {first.path!r} with {_error(first):.4g}; nothing was kept",
-            hint=f"--keep-bf16-pattern '^{first.path}$' leaves it as it is",
+            hint=f"--keep-bf16-pattern '^{first.path}$' leaves it as it is"
+            if may_stay
+            else "--report FILE has the figures of every layer",
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -67,10 +69,19 @@ class Report:
         """What decoding showed, to put behind where the files lie."""
         if not self.layers:
             return ""
+        if self.is_exact:
+            return f"; {self._exactly}"
         first = self.layers[0]
-        if not _error(first):
-            return f"; {len(self.layers)} layers decode to the same weights"
         return f"; {first.path} lost most, relative error {_error(first):.2g}"
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether no layer lost anything."""
+        return not any(map(_error, self.layers[:1]))
+
+    @property
+    def _exactly(self) -> str:
+        return f"{len(self.layers)} layers decode to the same weights"
 
     def save(self, path: Path) -> None:
         """All layers as JSON."""
@@ -78,7 +89,9 @@ class Report:
         path.write_text(text + "\n", "utf-8")
 
     def table(self) -> str:
-        """The worst layers in aligned columns, for people."""
+        """The worst layers in aligned columns, for people; a sentence when none lost anything."""
+        if self.is_exact:
+            return self._exactly
         rows = [("layer", "encoding", "relative error", "SQNR dB")]
         for layer in self.worst:
             assert layer.fidelity is not None, "every layer here was measured"

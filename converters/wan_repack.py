@@ -11,7 +11,8 @@
 
 The writer's wrappers go: X.linear.weight becomes X.weight, X.div.mul_scale becomes X.mul_scale. One
 tensor is in memory at a time. Everything lies in `<output>.partial` until both transformers were
-read as whole models of their class; a run that was killed goes on where it was.
+read as whole models of their class and every quantized layer decoded to the very weight that the
+source decodes to; a run that was killed goes on where it was.
 
 Options and names are those of SGLang's tool of the same name, which loads the result as this does.
 """
@@ -20,7 +21,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ import click
 
 from diffquant import headers, planner, sources
 from diffquant.converters._command import ConverterCommand
+from diffquant.converters._options import Writing, writing_path
 from diffquant.converters._progress import Bar, bar
+from diffquant.converters._report import NOTHING, Report, compared, measured, tell
 from diffquant.errors import ConvertError
 from diffquant.families import FAMILIES, Naming, located
 from diffquant.formats.modelslim import EXPERTS
@@ -52,11 +55,15 @@ WRAPPERS = (".linear", ".div")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repacked:
-    """The component that was written: how its layers read, its tensors and their bytes."""
+    """The component that was written: how its layers read, its tensors and their bytes.
+
+    report  every quantized layer as written against the source; empty where nothing was decoded
+    """
 
     plan: Plan
     tensors: int
     total_size: int
+    report: Report = NOTHING
 
     def to_json(self) -> dict[str, Any]:
         encodings = sorted({name for layer in self.plan.quantized for name in layer.encodings})
@@ -72,35 +79,45 @@ class Repacked:
 def repack(
     original: Path,
     quantized: Path,
-    output: Path,
+    writing: Writing,
     *,
     model_type: str,
-    max_shard_size: int = 10 * GIB,
-    overwrite: bool = False,
-    dry_run: bool = False,
 ) -> dict[str, Repacked]:
     """Write the pipeline `original` with the transformers of `quantized`; components as written.
 
-    Raises ConvertError for folders that are not what they should be and when the output is in the
-    way, PlanError when a transformer is no whole model of its class.
+    Raises ConvertError for folders that are not what they should be, when the output is in the way
+    and when a layer decodes to other numbers than the source's, PlanError when a transformer is no
+    whole model of its class.
     """
-    require_absent(output, overwrite)
+    output = writing.output_dir
+    require_absent(output, writing.overwrite)
     folders = MODELS[model_type]
     found = {
         component: _Source.open(component, quantized / folder, original / component)
         for component, folder in folders.items()
     }
     copied = [path for path in _files(original) if path.parts[0] not in folders]
-    if dry_run:
+    if writing.dry_run:
         return {name: source.repacked(source.plan()) for name, source in found.items()}
     origin = json.dumps([model_type, str(original), [each.stamps() for each in found.values()]])
-    with _folder(output, origin, overwrite) as partial_output, bar() as shown:
+    with _folder(output, origin, writing.overwrite) as partial_output, bar() as shown:
         _require_space(partial_output, original, copied, found)
         _copy(original, copied, partial_output, shown)
-        return {
-            component: _component(source, partial_output / component, max_shard_size, shown)
+        done = {
+            component: _component(source, partial_output / component, writing, shown)
             for component, source in found.items()
         }
+        whole(done).judge(writing.max_error or 0.0, writing.report)
+    return done
+
+
+def whole(done: Mapping[str, Repacked]) -> Report:
+    """One report of all components, whose names lead the paths of their layers."""
+    return measured(
+        replace(layer, path=f"{component}.{layer.path}")
+        for component, repacked in done.items()
+        for layer in repacked.report.layers
+    )
 
 
 # a transformer -------------------------------------------------------------------------------------
@@ -163,9 +180,10 @@ class _Source:
         said = json.loads(self.description.read_text("utf-8"))
         return {self.names.get(key, key): value for key, value in said.items()}
 
-    def repacked(self, plan: Plan) -> Repacked:
+    def repacked(self, plan: Plan, report: Report = NOTHING) -> Repacked:
         tensors = self.header.tensors.values()
-        return Repacked(plan=plan, tensors=len(tensors), total_size=sum(t.nbytes for t in tensors))
+        total_size = sum(tensor.nbytes for tensor in tensors)
+        return Repacked(plan=plan, tensors=len(tensors), total_size=total_size, report=report)
 
     def stamps(self) -> list[tuple[str, int]]:
         return [(str(path), path.stat().st_mtime_ns) for path in self.header.files]
@@ -192,22 +210,26 @@ def _advice(folder: Path, component: str) -> str:
     return "--quant-path is the folder that msModelSlim wrote"
 
 
-def _component(source: _Source, output: Path, max_shard_size: int, shown: Bar) -> Repacked:
-    """Write one transformer unless a former run did, and read it as anybody would."""
+def _component(source: _Source, output: Path, writing: Writing, shown: Bar) -> Repacked:
+    """Write one transformer unless a former run did, read it as anybody would, and compare."""
     if not output.exists():
         write(
             output,
             list(source.declared()),
             origin=json.dumps(source.stamps()),
             beside=source.original,
-            max_shard_size=max_shard_size,
+            max_shard_size=writing.shard_bytes,
             on_progress=shown.told(source.component),
         )
     text = json.dumps(source.described(), indent=2)
     (output / "quant_model_description.json").write_text(text + "\n", "utf-8")
     checkpoint = sources.checkpoint(str(output))
     header = headers.read(checkpoint.files)
-    return source.repacked(planner.plan(checkpoint, header, config=checkpoint.config))
+    plan = planner.plan(checkpoint, header, config=checkpoint.config)
+    if writing.no_check:
+        return source.repacked(plan)
+    told = shown.told(f"checking {source.component}")
+    return source.repacked(plan, compared(plan, source.plan(), told))
 
 
 # everything else -----------------------------------------------------------------------------------
@@ -298,35 +320,15 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
     "--original-model-path", required=True, type=FOLDER, help="The plain diffusers pipeline."
 )
 @click.option("--quant-path", required=True, type=FOLDER, help="What msModelSlim wrote.")
-@click.option("--output-path", required=True, type=click.Path(path_type=Path))
-@click.option("--max-shard-size", metavar="GIB", type=float, default=10.0, show_default=True)
-@click.option("--overwrite", is_flag=True, help="Replace the output.")
-@click.option("--dry-run", is_flag=True, help="Read everything and write nothing.")
-def main(
-    model_type: str,
-    original_model_path: Path,
-    quant_path: Path,
-    output_path: Path,
-    max_shard_size: float,
-    overwrite: bool,
-    dry_run: bool,
-) -> None:
+@writing_path
+def main(model_type: str, original_model_path: Path, quant_path: Path, writing: Writing) -> None:
     """Repack msModelSlim's Wan 2.2 as a diffusers pipeline.
 
-    Prints what became of each transformer as JSON. `--model-path OUTPUT` draws with it.
+    Prints what became of each transformer as JSON. `--model-path OUTPUT` draws with it. No number
+    changes, so --max-error is 0 where none is typed.
     """
-    done = repack(
-        original_model_path,
-        quant_path,
-        output_path,
-        model_type=model_type,
-        max_shard_size=int(max_shard_size * GIB),
-        overwrite=overwrite,
-        dry_run=dry_run,
-    )
-    if dry_run:
-        click.echo(f"nothing written (--dry-run): {output_path}", err=True)
-    click.echo(json.dumps({name: each.to_json() for name, each in done.items()}, indent=2))
+    done = repack(original_model_path, quant_path, writing, model_type=model_type)
+    tell(whole(done), {name: each.to_json() for name, each in done.items()}, writing)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ CONVERTERS = {
         Writing(output_dir=out, **whole), from_bf16=source, rank=16, rounds=1
     ),
     "wan": lambda out: wan.repack(
-        Path(pipeline), Path(modelslim), out, model_type="Wan2.2-T2V-A14B",
-        max_shard_size=200_000, overwrite=True,
+        Path(pipeline), Path(modelslim), Writing(output_dir=out, **settings),
+        model_type="Wan2.2-T2V-A14B",
     ),
 }
 

@@ -1,6 +1,7 @@
 """msModelSlim's Wan 2.2 becomes a diffusers pipeline: other names, the same numbers."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from diffquant import headers, planner, sources
 from diffquant.converters import wan_repack
+from diffquant.converters._options import Writing
 from diffquant.converters.wan_repack import MODELS, main, renamed, repack
 from diffquant.errors import ConvertError, PlanError
 from diffquant.families import FAMILIES, spelled
@@ -129,7 +131,8 @@ def stored(component: Path) -> dict[str, Tensor]:
 
 
 def built(pipeline: Path, quantized: Path, output: Path, **options: Any) -> Path:
-    repack(pipeline, quantized, output, model_type="Wan2.2-T2V-A14B", **options)
+    writing = Writing(output_dir=output, **options)
+    repack(pipeline, quantized, writing, model_type="Wan2.2-T2V-A14B")
     return output
 
 
@@ -170,7 +173,7 @@ def test_the_repacked_pipeline_loads_with_both_experts(
 def test_numbers_and_types_are_those_of_the_source(
     pipeline: Path, quantized: Path, tmp_path: Path
 ) -> None:
-    output = built(pipeline, quantized, tmp_path / "out", max_shard_size=1 << 18)
+    output = built(pipeline, quantized, tmp_path / "out", max_shard_size=2.0**-12)
     assert len(list((output / "transformer").glob("*.safetensors"))) > 1
     source, written = stored(quantized / "low_noise_model"), stored(output / "transformer_2")
     assert written.keys() == {by_the_peer(name) for name in source}
@@ -195,7 +198,7 @@ def test_the_experts_are_not_exchanged(pipeline: Path, quantized: Path, tmp_path
 def test_a_model_of_one_expert_lies_in_the_folder_itself(tmp_path: Path) -> None:
     base = tiny_wan_pipeline(tmp_path / "base")
     folder = modelslim(tmp_path / "quant", stored(base / "transformer"))
-    done = repack(base, folder, tmp_path / "out", model_type="Wan2.2-TI2V-5B")
+    done = repack(base, folder, Writing(output_dir=tmp_path / "out"), model_type="Wan2.2-TI2V-5B")
     assert list(done) == ["transformer"]
     assert done["transformer"].to_json()["encodings"] == ["int8"]
 
@@ -249,6 +252,32 @@ def test_the_command_says_what_became_of_each_transformer(
     again = CliRunner().invoke(main, typed)
     assert again.exit_code == 1 and "--overwrite replaces it" in again.stderr
     assert CliRunner().invoke(main, [*typed, "--overwrite"]).exit_code == 0
+
+
+def test_every_quantized_layer_decodes_to_the_weight_of_the_source(
+    pipeline: Path, quantized: Path, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.json"
+    built(pipeline, quantized, tmp_path / "out", report=report)
+    layers = json.loads(report.read_text())
+    assert len(layers) == 2 * 2 * 10
+    assert {layer["path"].partition(".")[0] for layer in layers} == set(EXPERTS)
+    assert all(layer["relative_error"] == 0 for layer in layers)
+
+
+def test_a_layer_that_decodes_otherwise_leaves_nothing_but_the_report(
+    pipeline: Path, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exchanged(name: str, naming: Any) -> str:
+        swapped = {"to_k": "to_q", "to_q": "to_k"}
+        made = renamed(name, naming)
+        return re.sub(r"(?<=blocks.1.attn2.)to_[qk]", lambda found: swapped[found[0]], made)
+
+    monkeypatch.setattr(wan_repack, "renamed", exchanged)
+    with pytest.raises(ConvertError, match=r"4 of 40 layers are worse than --max-error 0"):
+        built(pipeline, quantized, tmp_path / "out", report=tmp_path / "report.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    built(pipeline, quantized, tmp_path / "out", no_check=True)
 
 
 @pytest.mark.parametrize("wrong", ["original", "quantized"])
