@@ -104,7 +104,7 @@ def translate(arguments: Sequence[str]) -> Translation:
             weak += words
         else:
             ours += words
-        notes.append(note)
+        notes += [note] if note else []
     # Of two words for one option the later wins.
     return Translation((*weak, *ours), tuple(notes))
 
@@ -138,7 +138,7 @@ def _fate(name: str, value: str) -> str:
 
 
 def _answer(flag: str, alias: Flag, value: str | None) -> tuple[list[str], str]:
-    """Our words for one foreign flag, and the note."""
+    """Our words for one foreign flag, and the note; none for what is ours too."""
     if alias.switch:
         return _answer_switch(flag, alias, value)
     if value is None:
@@ -162,6 +162,8 @@ def _answer_switch(flag: str, alias: Flag, value: str | None) -> tuple[list[str]
         return [], f"{flag} false is not needed: that is how it is here"
     if alias.refused is not None:
         raise UsageError(f"{flag}: {alias.refused}", hint=f"leave {flag} out")
+    if alias.to == flag:
+        return [flag], ""
     if alias.to is not None:
         return alias.to.split(), f"{flag} is {alias.to} here: {alias.note}"
     return [], f"{flag} is not needed: {alias.note}"

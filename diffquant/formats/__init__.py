@@ -93,12 +93,14 @@ class Hints:
     """What a person typed that a format may need to know; every field is usually None.
 
     nibbles, scales   which order 4-bit codes and block scales are in: low|high, linear|tiles
-    precision, rank   expectation for SVDQuant files, from the name or typed
+    svdquant          SVDQuant is expected, from the name or typed
+    precision, rank   of it, where they are expected too
     raw_fp8           accept float8 weights that have no scale at all
     """
 
     nibbles: Literal["low", "high"] | None = None
     scales: Literal["linear", "tiles"] | None = None
+    svdquant: bool = False
     precision: Literal["int4", "nvfp4"] | None = None
     rank: int | None = None
     raw_fp8: bool = False

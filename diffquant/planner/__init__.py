@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffquant.errors import PlanError
+from diffquant.errors import FormatError, PlanError
 from diffquant.families import FAMILIES, Inventory
 from diffquant.formats import FORMATS, NO_HINTS, Hints
 from diffquant.headers import Header
-from diffquant.plan import Plan, PlanFile, Problem
+from diffquant.plan import Plan, PlanFile, Problem, Role
 from diffquant.planner._identity import class_of, family_of, identify
 from diffquant.planner._linears import Linears
 from diffquant.planner._modules import inventory_of, modules_of
@@ -98,11 +98,22 @@ def draft(
 
 
 def plan(checkpoint: Checkpoint, header: Header, **wanted: Any) -> Plan:
-    """Like `draft`, and raises PlanError when there is any problem."""
+    """Like `draft`, and raises PlanError when there is any problem, FormatError when SVDQuant was
+    promised and no layer has a low-rank branch."""
     drawn = draft(checkpoint, header, **wanted)
     if drawn.problems:
         raise PlanError(_told(checkpoint, drawn), hint=_hinted(drawn))
+    if wanted.get("hints", NO_HINTS).svdquant and not _has_low_rank(drawn.plan):
+        raise FormatError(
+            f"SVDQuant was promised, and no layer of {checkpoint.origin!r} has a low-rank branch: "
+            f"it is {drawn.plan.format}",
+            hint="leave out --enable-svdquant and its companions, or rename the file",
+        )
     return drawn.plan
+
+
+def _has_low_rank(plan: Plan) -> bool:
+    return any(Role.LOWRANK_UP in piece.roles for each in plan.layers for piece in each.pieces)
 
 
 def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:

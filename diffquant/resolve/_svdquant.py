@@ -41,11 +41,11 @@ def rule_7_svdquant(
         log.fire("7", name=Path(weights.origin).name, precision=named[0], rank=named[1])
         precision, rank = named
     elif flags.enable_svdquant or precision or rank:
-        log.fire("7b", precision=precision or "of any kind", rank=rank or "any")
+        log.fire("7b", precision=precision or "of any kind", rank=rank or "that is stored")
     else:
         return hints
     _require_quantized(name, weights)
-    return replace(hints, precision=precision, rank=rank)  # type: ignore[arg-type]
+    return replace(hints, svdquant=True, precision=precision, rank=rank)  # type: ignore[arg-type]
 
 
 def _promised_by_name(override: Override | None, weights: Checkpoint) -> tuple[str, int] | None:

@@ -29,6 +29,9 @@ def test_underscores_and_equals_signs_are_understood(spelling: list[str]) -> Non
 @pytest.mark.parametrize("flag", aliases.flags())
 def test_every_foreign_flag_becomes_ours_or_is_answered(flag: str) -> None:
     entry = aliases.flags()[flag]
+    if entry.to == flag:
+        assert translate([flag]) == aliases.Translation((flag,))
+        return
     for value in entry.values or {entry.only or "x": None}:
         arguments = [flag] if entry.switch else [flag, value]
         assert _answered(entry, arguments), f"{arguments} is silently ignored"
@@ -51,6 +54,22 @@ def test_a_value_that_asks_for_weights_in_parts_is_refused() -> None:
 def test_the_word_for_sequences_wins_over_that_for_devices() -> None:
     pasted = ["--ulysses-degree", "2", "--num-gpus", "4"]
     assert translate(pasted).arguments == ("--ulysses-degree", "4", "--ulysses-degree", "2")
+
+
+@pytest.mark.parametrize(
+    "pasted",
+    [["--enable-svdquant"], ["--enable-svdquant", "true"], ["--enable_svdquant=True"]],
+)
+def test_a_switch_of_ours_may_be_pasted_with_true(pasted: list[str]) -> None:
+    translation = translate([*pasted, "--quantization-rank", "32"])
+    assert translation.arguments == ("--enable-svdquant", "--quantization-rank", "32")
+    assert not translation.notes
+
+
+def test_a_switch_of_ours_that_is_false_is_left_out() -> None:
+    translation = translate(["--enable-svdquant", "false"])
+    assert translation.arguments == ()
+    assert translation.notes == ("--enable-svdquant false is not needed: that is how it is here",)
 
 
 def test_a_switch_set_to_false_asks_for_nothing() -> None:

@@ -233,3 +233,12 @@ def test_the_config_of_a_plan_describes_the_module_alone() -> None:
     assert "quantization_config" not in plan.config
     assert "_name_or_path" not in plan.config
     assert plan.config["_class_name"] == "FluxTransformer2DModel"
+
+
+def test_a_promise_of_svdquant_is_held_against_the_low_rank_branches() -> None:
+    promised = Hints(svdquant=True)
+    config = json.loads((FLUX / "config.json").read_text())
+    with pytest.raises(FormatError, match="no layer of .* has a low-rank branch: it is modelopt"):
+        planner.plan(*opened(FLUX), config=config, hints=promised)
+    assert planner.plan(*opened(SVDQ), config={}, hints=promised).format == "nunchaku"
+    assert planner.plan(*opened(FLUX), config=config).format == "modelopt"
