@@ -7,8 +7,11 @@ through the namings of the family.
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from diffquant import headers, sources
+from diffquant.errors import UsageError
 from diffquant.families import FAMILIES, Family, Rule, located, spelled
 from diffquant.headers import Header
 from diffquant.plan import LayerPlan, Plan
@@ -57,6 +60,22 @@ def parsed(text: str) -> Asked:
     except ValueError:
         scale = None
     return Asked(rest, component=component) if scale is None else Asked(source, scale, component)
+
+
+def file_of(source: str, *, local_files_only: bool = False) -> Path:
+    """The one file of a source, whose header could be read.
+
+    Raises SourceError for what cannot be found, HeaderError for what holds no tensors, and
+    UsageError for several files.
+    """
+    files = sources.checkpoint(source, local_files_only=local_files_only).files
+    if len(files) != 1:
+        raise UsageError(
+            f"the LoRA {source!r} consists of {len(files)} files and one was needed",
+            hint="--lora FILE.safetensors",
+        )
+    headers.read(files)
+    return files[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,22 +2,23 @@
 
 What is here is learned from drivers and the file system, never from torch: that keeps `plan` and
 `doctor` light, and tells "no GPU" from "a torch that cannot drive the GPU". A device may also be
-named by its architecture (`sm120`) to ask what would happen there.
+named by its architecture (`sm120`) or as on its box (`rtx4090`) to ask what would happen there.
 """
 
 import ctypes
-import difflib
 import importlib.util
 import os
 import platform
 import re
 import sys
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from diffquant.errors import UsageError
+from diffquant.errors import UsageError, meant
 
 Kind = Literal["cpu", "cuda", "rocm", "mps", "ascend", "xpu"]
 
@@ -76,6 +77,9 @@ ARCHITECTURES: dict[str, tuple[Kind, int | None]] = {
     "ascend-a5": ("ascend", None),
 }
 
+GPUS = Path(__file__).with_name("gpus.toml")
+#: What makers write before a name that `gpus.toml` has.
+_MAKERS = re.compile(r"^(nvidia|tesla|geforce|quadro|jetson|amd|instinct|radeon|rtx|rx)")
 _ROOT = Path("/")
 
 
@@ -90,19 +94,21 @@ def probe_all() -> tuple[Device, ...]:
 
 
 def parse(text: str) -> Device:
-    """What `--device` names: a kind, a kind with an index, or an architecture for a dry run.
+    """What `--device` names: a kind, a kind with an index, or for a dry run an architecture or a GPU.
 
     Raises UsageError when the name is unknown, or a kind has no usable device here.
     """
     word = text.strip().lower().replace("sm_", "sm")
     if word in ARCHITECTURES:
-        kind, sm = ARCHITECTURES[word]
-        return Device(
-            kind=kind, arch=word, name=word, sm=sm, packages=installed_packages(), present=False
-        )
+        return _absent(word, name=word)
+    gpus = _gpus()
+    if (gpu := gpus.get(_unbranded(word))) is not None:
+        return _absent(gpu["arch"], name=text.strip(), memory=gpu.get("memory", 0) * 2**30)
     asked, _, number = word.partition(":")
     if asked not in _KINDS or not re.fullmatch(r"(:\d+)?", word[len(asked) :]):
-        raise UsageError(f"no device is called {text!r}", hint=_nearest(word))
+        # A list of every GPU would hide the rest, so they are named only where one is near.
+        known = (*_KINDS, *ARCHITECTURES, *(gpus if re.search(r"\d", word) else ()))
+        raise UsageError(f"no device is called {text!r}", hint=meant(_unbranded(word), known))
     return _present(asked, int(number or 0))
 
 
@@ -318,10 +324,35 @@ def _present(kind: str, index: int) -> Device:
     return same[index]
 
 
-def _nearest(word: str) -> str:
-    known = (*_KINDS, *ARCHITECTURES)
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.4)
-    return f"one of: {', '.join(near or known)}"
+# Naming one that is not.
+
+
+def _absent(arch: str, *, name: str, memory: int = 0) -> Device:
+    kind, sm = ARCHITECTURES[arch]
+    return Device(
+        kind=kind,
+        arch=arch,
+        name=name,
+        sm=sm,
+        memory=memory or None,
+        packages=installed_packages(),
+        present=False,
+    )
+
+
+@cache
+def _gpus() -> dict[str, dict[str, Any]]:
+    """Name as `gpus.toml` has it -> architecture, and GiB where they are known."""
+    makers = tomllib.loads(GPUS.read_text(encoding="utf-8")).values()
+    return {name: gpu for maker in makers for name, gpu in maker.items()}
+
+
+def _unbranded(word: str) -> str:
+    """'nvidia geforce rtx 4090' -> '4090'."""
+    bare = re.sub(r"[\s_-]", "", word)
+    while (shorter := _MAKERS.sub("", bare)) != bare:
+        bare = shorter
+    return bare
 
 
 # What torch was built for.

@@ -16,6 +16,9 @@ DiffquantError                 anything below; carries `what` and an optional `h
     NonFiniteError             NaN or infinity in latents or pixels
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class DiffquantError(Exception):
     """A clear refusal: what is and what was needed, then a hint that can be typed."""
@@ -83,3 +86,10 @@ class RunError(DiffquantError):
 
 class NonFiniteError(RunError):
     """NaN or infinity appeared in latents or pixels."""
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """The hint for a name that nobody has: the nearest ones, or all where none is near."""
+    names = tuple(known)
+    near = difflib.get_close_matches(word, names, n=3, cutoff=0.4)
+    return f"did you mean {' or '.join(near)}?" if near else f"one of: {', '.join(names)}"

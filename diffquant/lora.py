@@ -20,8 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from diffquant import sources
-from diffquant.adapters import parsed
+from diffquant.adapters import file_of, parsed
 from diffquant.errors import UsageError
 from diffquant.linear import QuantLinear
 from diffquant.visiting import visiting
@@ -93,17 +92,17 @@ def load(pipeline: Any, typed: Sequence[str], *, local_files_only: bool = False)
     scales: dict[str, float] = {}
     for text in typed:
         asked = parsed(text)
-        folder, file = _found(asked.source, local_files_only)
-        name = _unused(_called(folder / file), scales)
+        file = file_of(asked.source, local_files_only=local_files_only)
+        name = _unused(_called(file), scales)
         second: dict[str, Any] = (
             {"load_into_transformer_2": True} if asked.component == "transformer_2" else {}
         )
-        respelled = _respelled(pipeline, folder / file)
+        respelled = _respelled(pipeline, file)
         where: dict[str, Any] = (
-            {"weight_name": file} if respelled is None else {"told": asked.source}
+            {"weight_name": file.name} if respelled is None else {"told": asked.source}
         )
         _Loader(pipeline)(
-            str(folder) if respelled is None else respelled,
+            str(file.parent) if respelled is None else respelled,
             adapter_name=name,
             scale=asked.scale,
             **where,
@@ -296,18 +295,6 @@ def _peft_scale(file: Path) -> float:
     told = json.loads(config.read_text(encoding="utf-8"))
     rank = float(told["r"]) ** (0.5 if told.get("use_rslora") else 1)
     return float(told["lora_alpha"]) / rank
-
-
-def _found(source: str, local_files_only: bool) -> tuple[Path, str]:
-    """The folder and name of the one file of a source."""
-    checkpoint = sources.checkpoint(source, local_files_only=local_files_only)
-    if len(checkpoint.files) != 1:
-        raise UsageError(
-            f"the LoRA {source!r} consists of {len(checkpoint.files)} files and one was needed",
-            hint="--lora FILE.safetensors",
-        )
-    (file,) = checkpoint.files
-    return file.parent, file.name
 
 
 # ------------------------------------------------------------------------------------------- change

@@ -4,7 +4,6 @@ The module's name is the public name. Adding a thing is adding a file; there is 
 Modules that start with an underscore are private to their package.
 """
 
-import difflib
 import os
 import pkgutil
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from functools import cache
 from importlib import import_module
 from typing import Generic, TypeVar
 
-from diffquant.errors import UsageError
+from diffquant.errors import UsageError, meant
 
 T = TypeVar("T")
 
@@ -32,12 +31,8 @@ class Registry(Generic[T]):
     def load(self, name: str) -> T:
         """The object of that name. Raises UsageError, with the nearest names, when there is none."""
         if name not in self.names():
-            near = difflib.get_close_matches(name, self.names(), n=3, cutoff=0.4)
             kind = self.attribute.lower()
-            raise UsageError(
-                f"no {kind} is called {name!r}",
-                hint=f"one of: {', '.join(near or self.names())}",
-            )
+            raise UsageError(f"no {kind} is called {name!r}", hint=meant(name, self.names()))
         return self._object(name)
 
     def load_all(self) -> dict[str, T]:

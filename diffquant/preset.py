@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from diffquant import patterns
-from diffquant.errors import PresetError, UsageError
+from diffquant.errors import PresetError, UsageError, meant
 
 Default = int | float | str
 
@@ -102,8 +102,7 @@ def load(name: str) -> Preset:
     family, _, algorithm = name.partition("-")
     if (serving := for_algorithm(family, algorithm)) is not None:
         return serving
-    near = patterns.nearest(name, names()) or names()
-    raise UsageError(f"no preset is called {name!r}", hint=f"one of: {', '.join(near)}")
+    raise UsageError(f"no preset is called {name!r}", hint=meant(name, names()))
 
 
 def find(name: str) -> Preset:

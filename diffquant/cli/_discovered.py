@@ -1,12 +1,11 @@
 """A group of commands whose members are the modules of a package."""
 
-import difflib
 from importlib import import_module
 from typing import Any
 
 import click
 
-from diffquant.errors import UsageError
+from diffquant.errors import UsageError, meant
 from diffquant.plugins import Registry
 
 SUBCOMMANDS: Registry[click.Command] = Registry("diffquant.cli", "COMMAND")
@@ -41,10 +40,8 @@ class Discovered(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command:
         module = name.replace("-", "_")
         if module not in self.registry.names():
-            known = self.list_commands(ctx)
-            near = difflib.get_close_matches(name, known, n=1)
             raise UsageError(
-                f"there is no command {name!r}", hint=f"one of: {', '.join(near or known)}"
+                f"there is no command {name!r}", hint=meant(name, self.list_commands(ctx))
             )
         found = getattr(import_module(f"{self.registry.package}.{module}"), self.registry.attribute)
         assert isinstance(found, click.Command)

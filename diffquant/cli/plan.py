@@ -37,8 +37,8 @@ def COMMAND(prepared: Prepared, /, as_json: bool, memory: int | None, **values: 
     """Say what `generate` with the same options would do: the rules that fired, the kernel of every
     layer and why better ones refused, and the memory it would take.
 
-    --device also takes architectures that are not here: sm89, sm90, sm120, gfx942; --memory says how
-    much such a device has, and the table says which --offload fits into it.
+    --device also takes what is not here: 'RTX 4090', h100, mi300x, or an architecture: sm89, gfx942.
+    --memory says how much such a device has, and the table says which --offload fits into it.
     """
     for text in prepared.notes:
         _talk.note(text)

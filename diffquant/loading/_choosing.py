@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diffquant import device, experts, headers, online, planner, ranks, resolve
+from diffquant import adapters, device, experts, headers, online, planner, ranks, resolve
 from diffquant.compiling import require_compiler
 from diffquant.device import Device
 from diffquant.errors import UsageError
@@ -47,9 +47,12 @@ class DryRun:
 
 
 def dry_run(model: ModelFlags, run: RunFlags | None = None) -> DryRun:
-    """Resolution, plans and kernel choices, from headers alone."""
+    """Resolution, plans and kernel choices, from headers alone. What cannot be read is refused here,
+    LoRAs too, before anything large is loaded."""
     run = run or RunFlags()
     resolution = resolve.resolve(model)
+    for text in run.lora:
+        adapters.file_of(adapters.parsed(text).source, local_files_only=model.local_files_only)
     if run.save_quantized:
         wishes = [source.online for source in resolution.components.values() if source.online]
         online.require_saveable(wishes, Path(run.save_quantized))

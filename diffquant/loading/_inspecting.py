@@ -101,8 +101,8 @@ def reaches(dry: DryRun, *, local_files_only: bool = False) -> dict[str, adapter
 
 
 def _reach(lora: str, plan: Plan, *, local_files_only: bool) -> adapters.Reach:
-    files = sources.checkpoint(lora, local_files_only=local_files_only).files
-    return adapters.reach(headers.read(files), plan)
+    file = adapters.file_of(lora, local_files_only=local_files_only)
+    return adapters.reach(headers.read([file]), plan)
 
 
 def described_by(checkpoint: Checkpoint, base: Checkpoint | None) -> Mapping[str, Any]:

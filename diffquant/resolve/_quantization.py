@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from diffquant import aliases, headers, patterns, planner, sources
-from diffquant.errors import FormatError, UsageError
+from diffquant.errors import FormatError, UsageError, meant
 from diffquant.families import FAMILIES
 from diffquant.formats import FORMATS, Hints
 from diffquant.online import Online
@@ -103,10 +103,7 @@ def _meaning(asked: str) -> aliases.Quantization:
     words = aliases.quantizations()
     if asked not in words:
         known = dict.fromkeys([*SCHEMES.names(), *(w for w in words if not words[w].refused)])
-        near = difflib.get_close_matches(asked, known, n=3)
-        raise UsageError(
-            f"no quantization is called {asked!r}", hint=f"one of: {', '.join(near or known)}"
-        )
+        raise UsageError(f"no quantization is called {asked!r}", hint=meant(asked, known))
     if words[asked].refused:
         raise UsageError(
             f"--quantization {asked} is refused: {words[asked].refused}",

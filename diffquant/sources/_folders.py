@@ -93,7 +93,7 @@ def not_here(what: str, place: str) -> OfflineError:
     name = "/".join(place.split("/")[:2])
     return OfflineError(
         f"{what} is not on this machine, and the hub is out of reach or ruled out (offline)",
-        hint=f"`hf download {name}` with a network, or `--model-path DIRECTORY` for a copy of yours",
+        hint=f"`hf download {name}` with a network, or name the path of a copy",
     )
 
 

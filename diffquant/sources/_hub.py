@@ -242,5 +242,5 @@ def _explained(error: Exception, name: str, revision: str) -> SourceError:
         return SourceError(f"{name!r} is no repository name", hint=f"a source is {FORMS}")
     return OfflineError(
         f"{hub} cannot be reached for {name!r}: {error}",
-        hint=f"`hf download {name}` with a network, or `--model-path DIRECTORY` for a copy of yours",
+        hint=f"`hf download {name}` with a network, or name the path of a copy",
     )

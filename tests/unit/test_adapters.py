@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from diffquant import cli, loading
 from diffquant.adapters import Asked, parsed
-from diffquant.errors import SourceError
+from diffquant.errors import HeaderError, SourceError
 
 BASE = "emoji_flux_modelopt_fp8"
 N = K = 256
@@ -77,3 +77,12 @@ def test_the_command_says_it_and_fails_for_another_model(
     assert "not matched  1, first diffusion_model.blocks.0" in capsys.readouterr().out
     with pytest.raises(SourceError):
         loading.inspect_lora(str(tmp_path / "none.safetensors"), BASE)
+
+
+def test_a_lora_that_cannot_be_read_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    words = tmp_path / "words.safetensors"
+    words.write_text("hello\n")
+    with pytest.raises(HeaderError, match="is no weights file that can be read"):
+        loading.dry_run(loading.ModelFlags(), loading.RunFlags(lora=(f"{words}:0.5",)))
+    good = written(tmp_path / "good.safetensors", STEMS["diffusers"])
+    loading.dry_run(loading.ModelFlags(), loading.RunFlags(lora=(good,)))

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -57,13 +58,39 @@ def test_an_architecture_is_a_device_for_a_dry_run(text: str, kind: str, sm: int
     assert named.arch == text.lower().replace("_", "")
 
 
+@pytest.mark.parametrize(
+    ("text", "arch", "gib"),
+    [
+        ("RTX 4090", "sm89", 24),
+        ("nvidia geforce rtx-5090", "sm120", 32),
+        ("h100", "sm90", 80),
+        ("A100", "sm80", None),
+        ("Radeon RX 7900 XTX", "gfx1100", 24),
+        ("mi300x", "gfx942", 192),
+    ],
+)
+def test_a_gpu_goes_by_the_name_on_its_box(text: str, arch: str, gib: int | None) -> None:
+    named = device.parse(text)
+    assert (named.arch, named.name, named.present) == (arch, text, False)
+    assert named.memory == (None if gib is None else gib * 2**30)
+
+
+def test_every_gpu_of_the_table_has_an_architecture_that_is_known() -> None:
+    gpus = tomllib.loads(device.GPUS.read_text(encoding="utf-8"))
+    names = [name for maker in gpus.values() for name in maker]
+    assert len(names) == len(set(names)) > 60
+    assert {device.parse(name).arch for name in names} <= set(device.ARCHITECTURES)
+
+
 def test_cpu_is_always_here() -> None:
     named = device.parse("cpu")
     assert (named.kind, named.present, named.torch_name) == ("cpu", True, "cpu")
     assert named.packages["torch"][0].isdigit()
 
 
-@pytest.mark.parametrize(("text", "near"), [("sm88", "sm89"), ("cdua", "cuda"), ("cpu:x", "cpu")])
+@pytest.mark.parametrize(
+    ("text", "near"), [("sm88", "sm89"), ("cdua", "cuda"), ("cpu:x", "cpu"), ("rtx4091", "4090")]
+)
 def test_unknown_names_are_answered_with_near_ones(text: str, near: str) -> None:
     with pytest.raises(UsageError, match=re.escape(repr(text))) as caught:
         device.parse(text)

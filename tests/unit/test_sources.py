@@ -331,7 +331,7 @@ def test_an_unreachable_hub_is_told_with_what_to_do(
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(OfflineError, match="cannot be reached for 'org/repo'") as caught:
         checkpoint("org/repo")
-    assert "--model-path DIRECTORY" in str(caught.value.hint)
+    assert "name the path of a copy" in str(caught.value.hint)
     with pytest.raises(OfflineError, match="org/repo is not on this machine"):
         checkpoint("org/repo", local_files_only=True)
 
