@@ -146,8 +146,8 @@ def _cells(x_MK: Tensor, activation: Activation) -> Tensor:
 
 
 def _amax(cells: Tensor) -> Tensor:
-    low, high = cells.aminmax(dim=1, keepdim=True)
-    return torch.maximum(-low, high)
+    # aminmax along a dimension takes twenty times as long as both
+    return torch.maximum(-cells.amin(1, keepdim=True), cells.amax(1, keepdim=True))
 
 
 def _over(values: Tensor, scale: Tensor) -> Tensor:

@@ -135,7 +135,8 @@ def _in_range(grouped: "Tensor", part: float) -> _InRange:
     """Codes of every group over the middle `part` of its range."""
     from torch import bfloat16, uint8
 
-    low, high = (end[..., None] for end in grouped.aminmax(dim=2))
+    # aminmax along a dimension takes ten times as long as both
+    low, high = grouped.amin(2, keepdim=True), grouped.amax(2, keepdim=True)
     middle, reach = (low + high) / 2, (high - low) * (part / 2)
     zero, scale = (middle - reach).to(bfloat16), (reach * 2 / 15).to(bfloat16)
     ratio = (grouped - zero.float()) / scale.float()

@@ -66,12 +66,17 @@ def _quantized(x_MK: "Tensor", fixed: "Tensor | None") -> "tuple[Tensor, Tensor]
     for start in range(0, m, TOKENS):
         rows = slice(start, min(start + TOKENS, m))
         wide = buffer("input", (rows.stop - start) * k, torch.float32).view(rows.stop - start, k)
-        low, high = wide.copy_(x_MK[rows]).aminmax(dim=1, keepdim=True)
-        scales[rows] = (-low).maximum(high) / LARGEST if fixed is None else fixed
+        wide.copy_(x_MK[rows])
+        scales[rows] = _largest(wide) / LARGEST if fixed is None else fixed
         # Any number will do in place of a zero scale: what it divides is zero.
         wide.div_(scales[rows].masked_fill(scales[rows] == 0, 1.0))
         codes[rows] = wide.round_().clamp_(-LARGEST - 1, LARGEST)
     return codes, scales
+
+
+def _largest(wide: "Tensor") -> "Tensor":
+    """The largest magnitude of each row. aminmax along a dimension takes twenty times as long."""
+    return (-wide.amin(1, keepdim=True)).maximum(wide.amax(1, keepdim=True))
 
 
 def _scaled(sums: "Tensor", scale_M1: "Tensor", outer: "Tensor | None", out: "Tensor") -> None:
