@@ -33,7 +33,7 @@ def attach(
     compile    the repeated blocks of `modules`
     handed     further components, as they are: a processor, a scheduler
     """
-    pipeline = _class_of(root).from_pretrained(
+    pipeline = class_of(root).from_pretrained(
         root, dtype=dtype, local_files_only=True, **modules, **handed
     )
     for name, module in {**modules, **handed}.items():
@@ -44,8 +44,8 @@ def attach(
     return offload.place(pipeline, modules, device=device, residence=residence, keep=keep)
 
 
-def _class_of(root: Path) -> Any:
-    """The pipeline's own class. `DiffusionPipeline` itself knows of no optional components, and
+def class_of(root: Path) -> Any:
+    """The class of the pipeline in `root`. `DiffusionPipeline` itself knows of no optional components, and
     loads Wan's transformers from the folder although they were given."""
     import diffusers
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from diffquant.batch import Line, Outcome
-    from diffquant.run import Result
+    from diffquant.run import Request, Result
 
 OUTPUTS = "outputs"
 #: Fields of the flags that drawing a picture again does not repeat.
@@ -211,20 +211,26 @@ def _drawn(
     with _talk.progress() as bars:
         from diffquant import run as running
 
+        request = _request(dry, values)
+        running.require_name(name, is_video=request.num_frames is not None)
         pipeline, report = _loaded(dry, model, bars)
 
         def on_step(done: int, total: int) -> None:
             bars.update(task, completed=done, total=total)
 
-        preset = for_model(*dry.resolution.model_names)
-        asked = running.Request(**_options.given(running.Request, values))
-        request = running.fill(asked, pipeline, preset.defaults if preset else {})
-        if request.num_frames is not None:
-            video.ending(name)
         task = bars.add_task("drawing", total=request.num_inference_steps)
         with _profiled(values["profile"], pipeline, report):
             result = running.generate(pipeline, request, on_step)
     return running.recorded(result, flags=_flags(model, dry.run), report=report.to_json())
+
+
+def _request(dry: loading.DryRun, values: Mapping[str, Any]) -> "Request":
+    """What is to be drawn, every value known; refused before the pipeline is loaded, if at all."""
+    from diffquant import run
+    from diffquant.attach import class_of
+
+    asked = run.Request(**_options.given(run.Request, values))
+    return run.fill(asked, class_of(dry.resolution.pipeline.root), _defaults(dry))
 
 
 def _loaded(dry: loading.DryRun, model: ModelFlags, bars: "Progress") -> tuple[Any, loading.Report]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diffquant.errors import NonFiniteError, RunError, UsageError
 from diffquant.run._calling import called, draw, pixels_of
-from diffquant.run._files import METADATA_KEY, read_metadata, save, slug
+from diffquant.run._files import METADATA_KEY, read_metadata, require_name, save, slug
 from diffquant.run._request import DEFAULT_FPS, DEFAULT_SEED, Request, fill
 from diffquant.run._result import Result
 from diffquant.run._watching import LatentsWentBad, OnStep, Watch, blame, finite
@@ -42,6 +42,7 @@ __all__ = [
     "generate_together",
     "read_metadata",
     "recorded",
+    "require_name",
     "save",
     "slug",
     "versions",

@@ -38,6 +38,14 @@ def save(result: Result, output_path: Path, output_file_name: str | None = None)
     return paths
 
 
+def require_name(output_file_name: str | None, *, is_video: bool) -> None:
+    """Raises UsageError for a name whose ending nothing of that kind is written with."""
+    if is_video:
+        video.ending(output_file_name)
+    elif output_file_name is not None:
+        _as_png(output_file_name)
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """What `save` wrote into a file. Raises UsageError for one that holds no such record."""
     try:

@@ -69,16 +69,19 @@ class Request:
 def fill(request: Request, pipeline: Any, defaults: Mapping[str, Any]) -> Request:
     """The request with every open value taken from the preset's `defaults`, else the pipeline's own.
 
+    pipeline  or its class, which is enough to know before anything is loaded
+
     Raises UsageError for a typed value that this pipeline cannot take.
     """
-    accepted = _accepted(pipeline)
+    kind = pipeline if isinstance(pipeline, type) else type(pipeline)
+    accepted = _accepted(kind)
     for name in request.typed:
         if name not in accepted:
             raise UsageError(
-                f"{flag(name)} means nothing to a {type(pipeline).__name__}",
+                f"{flag(name)} means nothing to a {kind.__name__}",
                 hint=f"it takes {', '.join(flag(known) for known in sorted(accepted))}",
             )
-    _require_images(request, pipeline)
+    _require_images(request, kind)
     values = {
         item.name: _first(
             getattr(request, item.name), defaults.get(item.name), accepted.get(item.name)
@@ -89,9 +92,9 @@ def fill(request: Request, pipeline: Any, defaults: Mapping[str, Any]) -> Reques
     return _with_guidance(replace(request, **values), request)
 
 
-def _accepted(pipeline: Any) -> dict[str, Any]:
+def _accepted(kind: type) -> dict[str, Any]:
     """Fields of a request the pipeline's call takes, with its own default for each."""
-    parameters = inspect.signature(type(pipeline).__call__).parameters
+    parameters = inspect.signature(kind.__call__).parameters
     known = {item.name for item in fields(Request)}
     accepted = {
         name: None if parameter.default is inspect.Parameter.empty else parameter.default
@@ -107,27 +110,27 @@ def _accepted(pipeline: Any) -> dict[str, Any]:
     return {**fps, **accepted, **called, "seed": DEFAULT_SEED}
 
 
-def _require_images(request: Request, pipeline: Any) -> None:
+def _require_images(request: Request, kind: type) -> None:
     """A pipeline that cannot start without a picture gets one, and one only where it would take
     several for a batch; who paints over needs to know where, though its signature has a default."""
-    parameters = inspect.signature(type(pipeline).__call__).parameters
+    parameters = inspect.signature(kind.__call__).parameters
     count = len(request.image or ())
-    if count > 1 and type(pipeline).__name__ in _ONE_PICTURE:
+    if count > 1 and kind.__name__ in _ONE_PICTURE:
         raise UsageError(
-            f"a {type(pipeline).__name__} starts from one picture, and there are {count}",
+            f"a {kind.__name__} starts from one picture, and there are {count}",
             hint=f"{flag('image')} picture.png",
         )
     for name, what in (("image", "a picture"), ("mask_image", "a mask")):
         if name not in parameters and CALLED.get(name) in parameters and not request.image:
             raise UsageError(
-                f"a {type(pipeline).__name__} follows a picture, and there is none",
+                f"a {kind.__name__} follows a picture, and there is none",
                 hint=f"{flag(name)} depth-or-edges.png",
             )
         open_ends = name in parameters and parameters[name].default is inspect.Parameter.empty
         needed = open_ends or (name in parameters and "mask_image" in parameters)
         if needed and not getattr(request, name):
             raise UsageError(
-                f"a {type(pipeline).__name__} starts from {what}, and there is none",
+                f"a {kind.__name__} starts from {what}, and there is none",
                 hint=f"{flag(name)} picture.png",
             )
 

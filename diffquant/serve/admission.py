@@ -23,7 +23,7 @@ def admitted(asked: Request, facts: Facts, limits: Limits) -> Request:
     """The request with every value known. Raises Refused, 400, naming the field at fault."""
     _require_meant(asked, facts)
     try:
-        filled = run.fill(asked, facts.blank, facts.defaults)
+        filled = run.fill(asked, facts.pipeline_class, facts.defaults)
     except UsageError as error:
         raise of_failure(error) from error
     filled = _with_size(filled, facts)

@@ -61,11 +61,6 @@ class Facts:
         """Fields that change the picture."""
         return self.fields - ({"guidance_scale"} if self.no_guidance else set())
 
-    @property
-    def blank(self) -> Any:
-        """An instance without contents, for those who ask an instance for its class."""
-        return object.__new__(self.pipeline_class)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:

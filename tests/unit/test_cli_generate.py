@@ -105,3 +105,25 @@ def test_a_size_the_pipeline_cannot_draw_is_told(
 ) -> None:
     assert run([*words, "--prompt", "car", "--width", "35"]) == 0
     assert "35x32 was asked for, the pipeline drew 32x32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--num-frames", "9"], "--num-frames means nothing to a FluxPipeline"),
+        (["--output-file-name", "a.jpg"], "pictures are written as PNG, not '.jpg'"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_the_model_is_loaded(
+    words: list[str],
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    typed: list[str],
+    said: str,
+) -> None:
+    loaded: list[object] = []
+    monkeypatch.setattr("diffquant.loading.load", lambda *given, **_: loaded.append(given))
+    assert run([*words, "--prompt", "x", *typed]) == 2
+    assert said in capsys.readouterr().err
+    assert not loaded
