@@ -30,9 +30,11 @@ from diffquant.tensors import Weights
 #: Roles whose last axis runs along K, in columns or in groups of them.
 COLUMN_ROLES = frozenset(
     {Role.CODES, Role.SMOOTH, Role.LOWRANK_DOWN, Role.BLOCK_SCALE, Role.OUTER_SCALE}
-    | {Role.ZERO_POINT, Role.CORRECTION}
+    | {Role.ZERO_POINT, Role.CORRECTION, Role.NESTED_SCALE}
 )
-SCALARS = frozenset({Role.TENSOR_SCALE, Role.INPUT_SCALE, Role.INPUT_ZERO_POINT})
+SCALARS = frozenset(
+    {Role.TENSOR_SCALE, Role.INPUT_SCALE, Role.INPUT_ZERO_POINT, Role.NESTED_OFFSET}
+)
 
 
 def canonical(piece: Piece, weights: Weights) -> dict[Role, Tensor]:
@@ -179,7 +181,7 @@ def logical_shape(
         return (stored.numel() // k, k)
     if role is Role.LOWRANK_UP:
         return (n, stored.numel() // n)
-    if role is Role.BLOCK_SCALE:
+    if role in (Role.BLOCK_SCALE, Role.NESTED_SCALE):
         return _scale_shape(stored, encoding, stored_NK)
     grouped = role in (Role.OUTER_SCALE, Role.CORRECTION)
     if grouped or (role is Role.ZERO_POINT and stored.numel() != n):

@@ -46,8 +46,9 @@ class Role(StrEnum):
     CODEBOOK = "codebook"  # 16
     CORRECTION = "correction"  # N, G
     GROUP_INDEX = "group_index"  # K
-    NESTED_SCALE = "nested_scale"  # flat
+    NESTED_SCALE = "nested_scale"  # N, G
     NESTED_MAP = "nested_map"  # 256
+    NESTED_OFFSET = "nested_offset"  # ()
 
 
 #: Roles whose first axis is N, so that `take` cuts them.
@@ -63,6 +64,7 @@ ROW_ROLES = frozenset(
         Role.INT_BIAS,
         Role.OUTPUT_SCALE,
         Role.CORRECTION,
+        Role.NESTED_SCALE,
     }
 )
 

@@ -32,7 +32,8 @@ KERNEL_ROLES = frozenset(Role) - {
 }
 SCALE_ROLES = frozenset(
     {Role.BLOCK_SCALE, Role.CHANNEL_SCALE, Role.TENSOR_SCALE, Role.OUTER_SCALE, Role.ZERO_POINT}
-    | {Role.CODEBOOK, Role.CORRECTION, Role.NESTED_SCALE, Role.NESTED_MAP, Role.GROUP_INDEX}
+    | {Role.CODEBOOK, Role.CORRECTION, Role.GROUP_INDEX}
+    | {Role.NESTED_SCALE, Role.NESTED_MAP, Role.NESTED_OFFSET}
 )
 #: Kinds of device on which torch has no float8, and what cannot be read or rounded without it.
 WITHOUT_FLOAT8 = frozenset({"mps"})
@@ -246,10 +247,23 @@ def _choose_piece(
                 return name, spec, tuple(refused)
             if _concerns(kernel, spec):
                 refused.append(Refusal(name, reason))
+    if demanded is not None:
+        raise _unfit(demanded, contest.kernels[demanded], asked, device, numerics)
     raise KernelError(
-        f"no kernel runs {asked.encoding} on {device.name}"
-        + (f": {demanded} was demanded" if demanded else ""),
+        f"no kernel runs {asked.encoding} on {device.name}",
         hint="; ".join(f"{item.kernel}: {item.reason}" for item in refused) or None,
+    )
+
+
+def _unfit(
+    name: str, kernel: Kernel, asked: Spec, device: Device, numerics: Numerics
+) -> KernelError:
+    """Why a demanded kernel runs the piece in none of the ways it could."""
+    ways = _ways(asked, kernel, numerics)
+    reasons = dict.fromkeys(why for way in ways if (why := refusal(kernel, way, device)))
+    return KernelError(
+        f"--kernel {name} cannot run {asked.encoding} on {device.name}: it {', it '.join(reasons)}",
+        hint="leave --kernel out; `diffquant plan` with the same words says which kernels run here",
     )
 
 
