@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffquant import kernels
 from diffquant.encodings import ENCODINGS, Recipe
 from diffquant.kernels import KERNELS, Numerics, Spec, spec_of
 from diffquant.linear import Holding, QuantLinear
@@ -274,6 +275,7 @@ def step() -> Iterator[dict[str, Any]]:
                 module = sys.modules[f"{KERNELS.package}.{name}"]
                 needs = replace(module.KERNEL.needs, devices=frozenset({"cpu"}), sm=None)
                 module.KERNEL = replace(module.KERNEL, needs=needs)  # type: ignore[attr-defined]
+            kernels._everybody.cache_clear()
         lost = (drawn(way) - wanted).norm() / wanted.norm()
         yield {"numerics": way, "error": float(lost)}
 
