@@ -116,7 +116,7 @@ def test_pinned_kernels_are_demanded_layer_by_layer(base: Path) -> None:
 
 
 def test_a_kernel_that_cannot_run_here_is_refused_with_the_reason(base: Path) -> None:
-    with pytest.raises(KernelError, match="torch_scaled_mm was demanded") as raised:
+    with pytest.raises(KernelError, match="--kernel torch_scaled_mm cannot run fp8") as raised:
         dry(base, kernel="torch_scaled_mm")
     assert "needs cuda, this is cpu" in str(raised.value)
 
