@@ -11,8 +11,9 @@ from diffquant.converters._component import Component
 from diffquant.converters._fp8_scales import Scales
 from diffquant.converters._options import Writing
 from diffquant.converters._report import Report, measured, row_spans
+from diffquant.encodings import ENCODINGS
 from diffquant.fidelity import LayerFidelity, Running
-from diffquant.plan import Span
+from diffquant.plan import Encoding, Role, Span
 from diffquant.tensors import Passing
 from diffquant.writing import Check, Progress
 
@@ -83,7 +84,11 @@ class _Written:
 
     def decoded(self, module: str, rows: Span) -> Tensor:
         codes: Tensor = self._tensor(f"{module}.weight")[rows.as_slice()]
-        return codes.float().mul_(self._tensor(f"{module}.weight_scale"))
+        scale = self._tensor(f"{module}.weight_scale")
+        parts = {Role.CODES: codes, Role.TENSOR_SCALE: scale.reshape(())}
+        return ENCODINGS.load("fp8").decode(
+            parts, Encoding("fp8"), (codes.shape[0], codes.shape[1])
+        )
 
     def _tensor(self, name: str) -> Tensor:
         return self._weights.tensor(self._header.tensors[name].file, name)

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from diffquant.encodings import Codec, Recipe
+from diffquant.encodings._float8 import wide
 from diffquant.encodings._scales import (
     ROLES,
     Cell,
@@ -45,7 +46,7 @@ def decode(
     codes = parts[Role.CODES].reshape(shape_NK).view(code_dtype(encoding))
     scaled = encoding.option("scale", "") != "none"
     scales = grids(parts, shape_NK, block_cell(encoding)) if scaled else ()
-    return decode_rows(codes, lambda rows: rows, shape_NK, scales)
+    return decode_rows(codes, wide, shape_NK, scales)
 
 
 def encode(values_NK: "Tensor", encoding: Encoding, recipe: Recipe) -> "dict[Role, Tensor]":

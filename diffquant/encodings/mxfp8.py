@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from diffquant.encodings import Codec, Recipe
 from diffquant.encodings import _e8m0 as e8m0
+from diffquant.encodings._float8 import wide
 from diffquant.encodings._scales import Cell, Grid, amax, decode_rows, divided_rows, group_grid
 from diffquant.encodings.fp8 import LARGEST, code_dtype, kind
 from diffquant.plan import Encoding, Role
@@ -28,7 +29,7 @@ def decode(
     """weight_NK = codes * 2^(block_scale - 127), exact in float32."""
     codes = parts[Role.CODES].reshape(shape_NK).view(code_dtype(encoding))
     scale = e8m0.values(parts[Role.BLOCK_SCALE])
-    return decode_rows(codes, lambda rows: rows, shape_NK, (group_grid(scale, shape_NK, GROUP),))
+    return decode_rows(codes, wide, shape_NK, (group_grid(scale, shape_NK, GROUP),))
 
 
 def encode(values_NK: "Tensor", encoding: Encoding, recipe: Recipe) -> "dict[Role, Tensor]":

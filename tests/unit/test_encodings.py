@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from diffquant.encodings import ENCODINGS, Recipe
 from diffquant.encodings import _e2m1 as e2m1
 from diffquant.encodings import _e8m0 as e8m0
+from diffquant.encodings._float8 import wide
 from diffquant.encodings._scales import Cell, amax
 from diffquant.errors import PlanError
 from diffquant.layouts import LAYOUTS
@@ -277,6 +278,18 @@ def test_e2m1_rounds_to_the_nearest_and_ties_to_even() -> None:
 
 def test_small_negative_numbers_become_negative_zero_like_modelopts() -> None:
     assert e2m1.codes(torch.tensor([-0.1, 0.1, -0.0, 0.0])).tolist() == [8, 0, 0, 0]
+
+
+def test_every_float8_byte_is_what_torch_makes_of_it() -> None:
+    every = torch.arange(256, dtype=torch.uint8)
+    for kind in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz):
+        made, meant = wide(every.view(kind)), every.view(kind).float()
+        assert torch.equal(made.isnan(), meant.isnan())
+        assert torch.equal(
+            made.nan_to_num(7).view(torch.int32), meant.nan_to_num(7).view(torch.int32)
+        )
+    finite = every[(every & 0x7F) != 0x7F].view(torch.float8_e4m3fn).view(2, 127)
+    assert torch.equal(wide(finite.t()), finite.float().t()), "columns may come before rows"
 
 
 def test_every_e8m0_byte_is_its_power_of_two() -> None:
