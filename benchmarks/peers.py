@@ -1,6 +1,8 @@
 """The same linear layer in other libraries, against ours in the nearest numbers, in the same rounds.
 
-What is compared is overhead: how much longer than bf16 `F.linear` a layer takes.
+What is compared is overhead: how much longer than bf16 `F.linear` a layer takes. Each peer has a
+process of its own: one that decodes into fresh memory pays for its pages at every call, unless what
+another library left in the heap has room for 75 MB.
 
     pip install --no-deps --target peers torchao==0.18.0 optimum-quanto gguf ninja comfy-kitchen
     python -m benchmarks peers --peers peers
@@ -16,17 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import Section, Settings
+from benchmarks._fresh import call
 from benchmarks._layers import KINDS, K, N, dense, encoded
-from benchmarks._measuring import Times, in_turns
+from benchmarks._measuring import in_turns
 from benchmarks._results import table
 
-PLAIN = "bf16 `F.linear`"
+PLAIN, OURS = "bf16 `F.linear`", "ours"
 TOKENS = (256, 1024)
 #: Our overhead may be at most this part of a peer's.
 SHARE = 0.5
-ROUNDS = 5
+ROUNDS = 7
 
 Linear = Callable[[Tensor], Tensor]
+#: Of theirs and of ours, the median ratios to bf16.
+Pair = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,20 +143,12 @@ PEERS = {
 
 
 def run(settings: Settings) -> str:
-    logging.disable(logging.WARNING)  # torchao says at every import what of torch is deprecated
     there = {name: peer for name, peer in PEERS.items() if is_installed(peer.package)}
     absent = sorted({peer.package for name, peer in PEERS.items() if name not in there})
-    with torch.no_grad():
-        plain = dense()
-        ours = {peer.nearest for peer in there.values()}
-        layers: dict[str, Linear] = {name: encoded(plain.weight, KINDS[name]) for name in ours}
-        theirs = {name: peer.build(plain) for name, peer in there.items()}
-        timed = {
-            tokens: _timed({PLAIN: plain, **layers, **theirs}, tokens, settings)
-            for tokens in TOKENS
-        }
+    rounds = min(settings.rounds, ROUNDS)
+    timed = {name: call(f"{__name__}:measured", name, rounds) for name in there}
     missing = f"\n\nNot installed, so not measured: {', '.join(absent)}." if absent else ""
-    return f"{_about()}\n\n{_table(there, timed)}{missing}"
+    return f"{_about()}\n\n{_table(timed)}{missing}"
 
 
 def is_installed(package: str) -> bool:
@@ -161,32 +158,42 @@ def is_installed(package: str) -> bool:
         return False
 
 
-def _timed(layers: Mapping[str, Linear], tokens: int, settings: Settings) -> Times:
+def measured(name: str, rounds: int) -> list[Pair]:
+    """One peer at each of TOKENS, for a process of its own."""
+    logging.disable(logging.WARNING)  # torchao says at every import what of torch is deprecated
+    with torch.no_grad():
+        plain = dense()
+        ours = encoded(plain.weight, KINDS[PEERS[name].nearest])
+        layers: dict[str, Linear] = {PLAIN: plain, OURS: ours, name: PEERS[name].build(plain)}
+        return [_timed(layers, name, tokens, rounds) for tokens in TOKENS]
+
+
+def _timed(layers: Mapping[str, Linear], name: str, tokens: int, rounds: int) -> Pair:
     x_MK = torch.randn(tokens, K).bfloat16()
-    calls = {name: partial(layer, x_MK) for name, layer in layers.items()}
-    return in_turns(calls, min(settings.rounds, ROUNDS))
+    times = in_turns({each: partial(layer, x_MK) for each, layer in layers.items()}, rounds)
+    return times.ratio(name, PLAIN).median, times.ratio(OURS, PLAIN).median
 
 
 def _about() -> str:
     return (
-        f"The layer [{N}, {K}] of the section above. Ratios are medians to {PLAIN}. *part* is our "
-        f"overhead over bf16 as a part of theirs, at most {SHARE} is the goal. Our int4 "
-        "carries a low-rank branch besides. comfy-kitchen is its eager decode and `F.linear`, "
-        "which is what it does without a GPU."
+        f"The layer [{N}, {K}] of the section above, each peer with ours and bf16 in a process of its "
+        "own, where what is decoded into fresh memory pays for its pages at every call. Ratios are "
+        f"medians to {PLAIN}. *part* is our overhead over bf16 as a part of theirs, at most {SHARE} is "
+        "the goal. Our int4 carries a low-rank branch besides. comfy-kitchen is its eager decode and "
+        "`F.linear`, which is what it does without a GPU."
     )
 
 
-def _table(peers: Mapping[str, Peer], timed: Mapping[int, Times]) -> str:
+def _table(timed: Mapping[str, list[Pair]]) -> str:
     header = ("peer", "ours", *(f"M = {tokens}: theirs, ours, part" for tokens in TOKENS))
     rows = [
-        (name, peer.nearest, *(_cell(name, peer.nearest, timed[tokens]) for tokens in TOKENS))
-        for name, peer in peers.items()
+        (name, PEERS[name].nearest, *(_cell(*pair) for pair in pairs))
+        for name, pairs in timed.items()
     ]
     return table(header, rows)
 
 
-def _cell(peer: str, nearest: str, times: Times) -> str:
-    theirs, ours = times.ratio(peer, PLAIN).median, times.ratio(nearest, PLAIN).median
+def _cell(theirs: float, ours: float) -> str:
     part = max(0.0, ours - 1) / (theirs - 1) if theirs > 1 else float("inf")
     verdict = "met" if part <= SHARE else "**missed**"
     return f"{theirs:.2f}, {ours:.2f}, {part:.2f} {verdict}"
