@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from PIL import Image
 from pydantic import ValidationError
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import FormData
 
 from diffquant import run
 from diffquant.serve import admission
@@ -16,13 +16,14 @@ from diffquant.serve.engine import Facts
 from diffquant.serve.images import answered, job_of, require_previews, require_reference
 from diffquant.serve.refusals import Refused, of_validation
 from diffquant.serve.service import Service
-from diffquant.serve.uploads import Uploads
+from diffquant.serve.uploads import Uploads, inline
 
 #: Sides of a picture are rounded down to a multiple of this where no size is asked for.
 ROUNDED = 16
 #: OpenAI's clients send one picture as `image` and several as `image[]`.
 PICTURES = ("image", "image[]")
 MASK = "mask"
+COMING_IN = (*PICTURES, MASK)
 FIELDS_MOST = 40
 
 
@@ -35,7 +36,11 @@ def router(service: Service) -> APIRouter:
         facts = service.facts
         _require_editing(facts)
         most = service.settings.limits.pictures
-        async with request.form(max_files=most + 1, max_fields=FIELDS_MOST) as form:
+        async with request.form(
+            max_files=most + 1,
+            max_fields=FIELDS_MOST,
+            max_part_size=service.settings.limits.upload,
+        ) as form:
             body = _body(form)
             named(body.model, service.model)
             delivery = body.delivery()
@@ -61,7 +66,7 @@ def router(service: Service) -> APIRouter:
 
 
 def _require_editing(facts: Facts) -> None:
-    if "image" not in facts.fields:
+    if not facts.takes_picture:
         raise Refused(
             400,
             f"a {facts.pipeline_class.__name__} draws from a prompt alone: "
@@ -70,8 +75,12 @@ def _require_editing(facts: Facts) -> None:
 
 
 def _body(form: FormData) -> EditBody:
-    """Every field that is no file."""
-    texts = {name: value for name, value in form.multi_items() if isinstance(value, str)}
+    """Every field that is no picture."""
+    texts = {
+        name: value
+        for name, value in form.multi_items()
+        if isinstance(value, str) and name not in COMING_IN
+    }
     try:
         return EditBody.model_validate(texts)
     except ValidationError as error:
@@ -80,17 +89,18 @@ def _body(form: FormData) -> EditBody:
 
 async def _wanted(form: FormData, body: EditBody, facts: Facts, uploads: Uploads) -> run.Request:
     """What is to be drawn, from which pictures."""
-    files = [(name, value) for name, value in form.multi_items() if not isinstance(value, str)]
     pictures: list[str] = []
     mask: str | None = None
-    for name, file in files:
-        data = await file.read()
+    for name, value in form.multi_items():
+        if isinstance(value, str) and name not in COMING_IN:
+            continue
+        data = inline(value, name) if isinstance(value, str) else await value.read()
         if name in PICTURES:
             pictures.append(await asyncio.to_thread(uploads.picture, data, "image"))
         elif name == MASK and mask is None:
             mask = await asyncio.to_thread(uploads.mask, data, MASK)
         else:
-            raise _surplus(name, file)
+            raise _surplus(name)
     _require_pictures(pictures)
     if mask is not None and "mask_image" not in facts.fields:
         raise Refused(
@@ -102,7 +112,7 @@ async def _wanted(form: FormData, body: EditBody, facts: Facts, uploads: Uploads
     return _sized(replace(body.request(), image=tuple(pictures), mask_image=mask))
 
 
-def _surplus(name: str, file: UploadFile) -> Refused:
+def _surplus(name: str) -> Refused:
     return Refused(
         400,
         f"{name} would be ignored: files are image, image[] and one mask",

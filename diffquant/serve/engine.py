@@ -13,10 +13,11 @@ from torch import Tensor
 
 from diffquant import loading, run
 from diffquant.loading import Report
+from diffquant.run._request import CALLED
 from diffquant.serve import preview, readiness, wardrobe
 from diffquant.serve.jobs import Job, Left, Preview, Stopped
 from diffquant.serve.readiness import Check
-from diffquant.serve.uploads import names
+from diffquant.serve.uploads import told
 
 LOG = logging.getLogger("diffquant.serve")
 
@@ -50,6 +51,17 @@ class Facts:
     @property
     def makes_videos(self) -> bool:
         return "num_frames" in self.fields
+
+    @property
+    def takes_picture(self) -> bool:
+        return "image" in self.fields
+
+    @property
+    def needs_picture(self) -> bool:
+        """Whether it cannot begin without one."""
+        taken = inspect.signature(self.pipeline_class.__call__).parameters
+        follows = self.takes_picture and "image" not in taken
+        return follows or ("image" in taken and taken["image"].default is inspect.Parameter.empty)
 
     @property
     def fps(self) -> int:
@@ -172,7 +184,7 @@ class Engine:
     def _recorded(self, result: run.Result) -> run.Result:
         """With everything needed to draw it again; a batch is drawn again one by one."""
         assert self.facts is not None
-        result = replace(result, request=_told(result.request))
+        result = replace(result, request=told(result.request))
         adapters = self.facts.report.lora
         report = self.facts.report.to_json() | {"lora": wardrobe.told(adapters, self._worn)}
         flags = wardrobe.typed(self.origin.flags, adapters, self._worn)
@@ -208,13 +220,6 @@ class Engine:
         gc.unfreeze()
         _free()
         LOG.info("the model is let go")
-
-
-def _told(request: run.Request) -> run.Request:
-    """The request as it is recorded: uploaded pictures by name, without the folder they were in."""
-    image = None if request.image is None else names(request.image)
-    mask = None if request.mask_image is None else names([request.mask_image])[0]
-    return replace(request, image=image, mask_image=mask)
 
 
 def _preview(pipeline: Any, latents: Tensor, job: Job) -> Preview:
@@ -263,8 +268,7 @@ def _fields(kind: type) -> frozenset[str]:
     """Those of a request that mean something to the class; seed and fps are ours."""
     taken = frozenset(inspect.signature(kind.__call__).parameters)
     known = {item.name for item in fields(run.Request)} & taken
-    if "num_videos_per_prompt" in taken:
-        known.add("num_images_per_prompt")
+    known |= {name for name, theirs in CALLED.items() if theirs in taken}
     return frozenset({"seed", *known, *(("fps",) if "num_frames" in known else ())})
 
 

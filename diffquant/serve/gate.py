@@ -21,7 +21,7 @@ OPEN = frozenset({"/", "/health", "/ready"})
 #: Pictures by an unguessable name: an <img> sends no key.
 OPEN_PICTURES = ("/v1/images/", "/content")
 #: Paths that take files.
-UPLOADS = frozenset({"/v1/images/edits", "/v1/videos"})
+UPLOADS = frozenset({"/v1/images/edits", "/v1/videos", "/v1/videos/sync"})
 READING = frozenset({"GET", "HEAD"})
 
 

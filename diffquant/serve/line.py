@@ -88,7 +88,15 @@ class Line:
             self._thread.start()
 
     def join(self, job: Job) -> None:
-        """Put the job at the end. Raises Refused: 503 while nothing is drawn, 429 when full."""
+        """Put the job at the end. Raises Refused: 503 while nothing is drawn, 429 when full; the
+        job has ended with it then."""
+        try:
+            self._admit(job)
+        except Refused as refused:
+            job.outcome.set_exception(refused)
+            raise
+
+    def _admit(self, job: Job) -> None:
         with self._changed:
             self._require_serving()
             if len(self._waiting) >= self.size:

@@ -17,6 +17,12 @@ from diffquant.errors import DiffquantError, NonFiniteError, UsageError
 
 #: openai's clients repeat a request that failed with 408, 409, 429 or 5xx, unless told not to.
 FINAL = {"x-should-retry": "false"}
+#: What is wrong with a body as a whole, by the kind of pydantic's complaint.
+WHOLE = {
+    "missing": "there is no body: send a JSON object",
+    "model_attributes_type": "the body is no JSON object, or not sent as application/json",
+}
+FLAG = re.compile(r"--([a-z][a-z-]*)")
 
 
 class Refused(Exception):
@@ -66,12 +72,13 @@ def of_failure(error: BaseException) -> Refused:
     if isinstance(error, Refused):
         return error
     if isinstance(error, UsageError):
-        return Refused(400, _without_flags(error), code="invalid_value")
+        told = _without_flags(_in_one_line(error))
+        return Refused(400, told, param=_first_flag(error), code="invalid_value")
     if isinstance(error, NonFiniteError):
         # Its hint speaks of flags, which are the server's to type.
         return Refused(500, error.what, code="non_finite", headers=FINAL)
     if isinstance(error, DiffquantError):
-        return Refused(500, str(error), code="run_failed", headers=FINAL)
+        return Refused(500, _in_one_line(error), code="run_failed", headers=FINAL)
     if _is_out_of_memory(error):
         return Refused(
             500,
@@ -87,9 +94,23 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
-def _without_flags(error: DiffquantError) -> str:
-    """The refusal in the words of a body: `--true-cfg-scale` is the field true_cfg_scale there."""
-    return re.sub(r"--([a-z][a-z-]*)", lambda found: found[1].replace("-", "_"), str(error))
+def _in_one_line(error: DiffquantError) -> str:
+    return f"{error.what} (hint: {error.hint})" if error.hint else error.what
+
+
+def _without_flags(text: str) -> str:
+    """A refusal in the words of a body: `--true-cfg-scale` is the field true_cfg_scale there."""
+    return FLAG.sub(lambda found: _field(found[1]), text)
+
+
+def _first_flag(error: DiffquantError) -> str | None:
+    """The field at fault: the first that is named."""
+    found = FLAG.search(error.what)
+    return found and _field(found[1])
+
+
+def _field(flag: str) -> str:
+    return flag.replace("-", "_")
 
 
 def of_validation(errors: Sequence[Any], known: Sequence[str]) -> Refused:
@@ -98,8 +119,8 @@ def of_validation(errors: Sequence[Any], known: Sequence[str]) -> Refused:
     path = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
     param = ".".join(path) or None
     if first["type"] == "extra_forbidden" and param is not None:
-        near = difflib.get_close_matches(param, known, n=1, cutoff=0.7)
-        advice = f"; did you mean {near[0]!r}?" if near else ""
+        near = _near(param, known)
+        advice = f"; did you mean {near!r}?" if near else ""
         return Refused(
             400,
             f"unknown field {param!r} would be ignored{advice}",
@@ -108,9 +129,18 @@ def of_validation(errors: Sequence[Any], known: Sequence[str]) -> Refused:
         )
     if first["type"] == "json_invalid":
         return Refused(400, f"no JSON: {_reason(first)}", code="invalid_json")
+    if param is None and first["type"] in WHOLE:
+        return Refused(400, WHOLE[first["type"]], code="invalid_value")
     message = str(first["msg"]).removeprefix("Value error, ")
     told = message[:1].lower() + message[1:]
     return Refused(400, f"{param}: {told}" if param else told, param=param, code="invalid_value")
+
+
+def _near(name: str, known: Sequence[str]) -> str | None:
+    """A field spelled nearly so, or one that has these words among others: steps, cfg_scale."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    longer = [each for each in known if f"_{name}_" in f"_{each}_"]
+    return next(iter([*close, *longer]), None)
 
 
 def _reason(error: Any) -> str:

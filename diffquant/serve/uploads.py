@@ -1,24 +1,33 @@
 """Pictures that come in: judged by their headers, decoded, and kept only as long as their job.
 
+They come as files of a form, or as text that holds them: data:image/png;base64,… Addresses are not
+followed.
+
 A file is named after a digest of its pixels, so that a record inside a picture tells what it was
 made from and nothing about this server.
 """
 
+import base64
+import binascii
 import hashlib
 import io
+import re
 import tempfile
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from diffquant.run import Request
 from diffquant.serve.jobs import Job
 from diffquant.serve.refusals import Refused
 from diffquant.serve.settings import Limits
 
 READ = ("PNG", "JPEG", "WEBP")
 NAMED = 16  # hexadecimal digits of the digest in a name
+INLINE = re.compile(r"data:[\w.+/-]*;base64,", re.ASCII)
 
 
 class Uploads:
@@ -71,6 +80,31 @@ def decoded(data: bytes, field: str, limits: Limits) -> Image.Image:
             code="invalid_image",
         ) from error
     return image
+
+
+def inline(text: str, field: str) -> bytes:
+    """What a data: URL holds. Raises Refused, 400, for any other text: nothing is fetched."""
+    start = INLINE.match(text)
+    if start is None:
+        raise Refused(
+            400,
+            f"{field} is text, and nothing is fetched: send a file, or data:image/png;base64,…",
+            param=field,
+            code="invalid_image",
+        )
+    try:
+        return base64.b64decode(text[start.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Refused(
+            400, f"{field} is no base64: {error}", param=field, code="invalid_image"
+        ) from error
+
+
+def told(request: Request) -> Request:
+    """The request as others may read it: uploaded pictures by name, without their folder."""
+    image = None if request.image is None else names(request.image)
+    mask = None if request.mask_image is None else names([request.mask_image])[0]
+    return replace(request, image=image, mask_image=mask)
 
 
 def names(paths: Iterable[str]) -> tuple[str, ...]:

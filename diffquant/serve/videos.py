@@ -6,7 +6,7 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -14,17 +14,24 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 from PIL import Image
 from pydantic import ValidationError
+from starlette.datastructures import UploadFile
 
 from diffquant import run, video
 from diffquant.serve import admission
 from diffquant.serve.bodies import VIDEO_FIELDS, VideoBody, named
+from diffquant.serve.engine import Facts
 from diffquant.serve.images import ended, finished, job_of, result_of
 from diffquant.serve.jobs import Job, State
 from diffquant.serve.refusals import Refused, of_validation
 from diffquant.serve.service import Service
+from diffquant.serve.uploads import Uploads, inline, told
 
 KEPT = 32  # clips
 SHEET = 4  # frames beside and below each other on a contact sheet
+#: What OpenAI calls the picture a video begins with; its clients send a text of it inside an object.
+FIRST = "input_reference"
+FIRST_TEXTS = (FIRST, f"{FIRST}[image_url]")
+FIELDS_MOST = 40
 
 Variant = Literal["video", "thumbnail", "spritesheet"]
 
@@ -71,7 +78,9 @@ class Clip:
             "error": error,
             "prompt": asked.prompt,
             "remixed_from_video_id": None,
-            "request": {name: value for name, value in asked.typed.items() if name != "prompt"},
+            "request": {
+                name: value for name, value in told(asked).typed.items() if name != "prompt"
+            },
         }
 
 
@@ -135,10 +144,12 @@ def router(service: Service) -> APIRouter:
         result = await finished(service, job, request)
         files = await asyncio.to_thread(_files, result)
         data, kind = files["video"]
-        told = {"X-Request-Id": job.name or job.id, "X-Model": service.model}
-        return Response(
-            data, media_type=kind, headers={**told, "X-Inference-Time-S": f"{result.seconds:.3f}"}
-        )
+        headers = {
+            "X-Request-Id": job.name or job.id,
+            "X-Model": service.model,
+            "X-Inference-Time-S": f"{result.seconds:.3f}",
+        }
+        return Response(data, media_type=kind, headers=headers)
 
     @routes.get("", dependencies=later, summary="The latest videos")
     async def listed(
@@ -180,52 +191,105 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
+def _schema() -> dict[str, Any]:
+    schema = VideoBody.model_json_schema()
+    picture = {"type": "string", "format": "binary", "description": "the picture it begins with"}
+    schema["properties"] |= {FIRST: picture}
+    return schema
+
+
 #: For /openapi.json: openai's client sends a form, others JSON.
 _BODY = {
     "requestBody": {
         "required": True,
         "content": {
             "application/json": {"schema": VideoBody.model_json_schema()},
-            "multipart/form-data": {"schema": VideoBody.model_json_schema()},
+            "multipart/form-data": {"schema": _schema()},
         },
     }
 }
 
 
 async def _job(service: Service, request: Request) -> Job:
-    body = _validated(await _fields(request))
+    facts, limits = service.facts, service.settings.limits
+    fields, first = await _parts(request, limits.upload)
+    body = _validated(fields)
     named(body.model, service.model)
-    facts = service.facts
+    _require_videos(facts)
+    _require_first(first, facts)
+    wanted = body.request_at(facts.fps)
+    if first is None:
+        return job_of(service, body, admission.admitted(wanted, facts, limits), request)
+    uploads = Uploads(limits)
+    try:
+        path = await asyncio.to_thread(uploads.picture, first, FIRST)
+        admitted = admission.admitted(replace(wanted, image=(path,)), facts, limits)
+        job = job_of(service, body, admitted, request)
+    except BaseException:
+        uploads.drop()
+        raise
+    uploads.belong_to(job)
+    return job
+
+
+def _require_videos(facts: Facts) -> None:
     if not facts.makes_videos:
         raise Refused(
             400, f"a {facts.pipeline_class.__name__} makes pictures: POST /v1/images/generations"
         )
     if find_spec("av") is None:
         raise Refused(501, "the server cannot write MP4: pip install 'diffquant[video]'")
-    wanted = admission.admitted(body.request_at(facts.fps), facts, service.settings.limits)
-    return job_of(service, body, wanted, request)
 
 
-async def _fields(request: Request) -> dict[str, Any]:
-    """Of a form or of JSON; a file has no field to go to."""
+def _require_first(first: bytes | None, facts: Facts) -> None:
+    kind = facts.pipeline_class.__name__
+    if first is not None and not facts.takes_picture:
+        raise Refused(
+            400,
+            f"{FIRST} would be ignored: a {kind} makes videos of a prompt alone",
+            param=FIRST,
+            code="ignored_parameter",
+        )
+    if first is None and facts.needs_picture:
+        raise Refused(
+            400,
+            f"a {kind} begins with a picture: send {FIRST}",
+            param=FIRST,
+            code="missing_value",
+        )
+
+
+async def _parts(request: Request, most: int) -> tuple[dict[str, Any], bytes | None]:
+    """The fields of a form or of JSON, and the picture the video begins with."""
     if "form" in request.headers.get("content-type", ""):
-        async with request.form(max_files=1, max_fields=40) as form:
-            for name, value in form.items():
-                if not isinstance(value, str):
-                    raise Refused(
-                        400,
-                        f"{name} would be ignored: videos are made of a prompt alone here",
-                        param=name,
-                        code="ignored_parameter",
-                    )
-            return dict(form)
+        async with request.form(max_files=1, max_fields=FIELDS_MOST, max_part_size=most) as form:
+            fields: dict[str, Any] = dict(form)
+            return fields, await _first(fields)
     try:
-        told = await request.json()
+        fields = await request.json()
     except (ValueError, RecursionError) as error:
         raise Refused(400, "the body is neither JSON nor a form", code="invalid_value") from error
-    if not isinstance(told, dict):
+    if not isinstance(fields, dict):
         raise Refused(400, "the body is no JSON object", code="invalid_value")
-    return told
+    return fields, await _first(fields)
+
+
+async def _first(fields: dict[str, Any]) -> bytes | None:
+    """Takes the first picture out of the fields. Raises Refused for a file of another name."""
+    given = next((fields.pop(name) for name in FIRST_TEXTS if name in fields), None)
+    for name, value in fields.items():
+        if isinstance(value, UploadFile):
+            raise Refused(
+                400,
+                f"{name} would be ignored: the only file of a video is {FIRST}",
+                param=name,
+                code="ignored_parameter",
+            )
+    if isinstance(given, UploadFile):
+        return await given.read()
+    if isinstance(given, dict) and set(given) == {"image_url"}:
+        given = given["image_url"]
+    return None if given is None else inline(str(given), FIRST)
 
 
 def _validated(fields: dict[str, Any]) -> VideoBody:

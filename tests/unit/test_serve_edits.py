@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from diffquant import loading, run, sources
 from diffquant.resolve import ModelFlags
 from diffquant.serve.settings import Limits
+from tests import pipelines
 from tests.serving import Served, decoded, serving
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers and transformers warn of themselves
@@ -153,6 +154,23 @@ def test_what_is_no_picture_is_a_400_that_names_it(
     assert list(uploads.iterdir()) == []
 
 
+def test_a_picture_may_come_as_text_and_is_never_fetched(served: Served, uploads: Path) -> None:
+    text = {
+        name: "data:image/png;base64," + base64.b64encode(png(image)).decode()
+        for name, image in (("image", picture()), ("mask", left_half_open()))
+    }
+    form = {"prompt": "red apple", **{key: str(value) for key, value in STEPS.items()}}
+    as_text = served.http.post("/v1/images/edits", data={**form, **text})
+    as_files = edited(served, image=png(picture()), mask=png(left_half_open()))
+    assert as_text.json()["request"] == as_files.json()["request"]
+    address = served.http.post(
+        "/v1/images/edits", data={**form, **text, "image": "http://127.0.0.1/a.png"}
+    )
+    assert address.status_code == 400
+    assert "nothing is fetched" in address.json()["error"]["message"]
+    assert list(uploads.iterdir()) == []
+
+
 def test_a_bomb_is_refused_by_its_header(served: Served) -> None:
     side = 5000
     assert side * side > Limits().uploaded
@@ -169,6 +187,18 @@ def test_a_field_that_would_be_ignored_is_named(served: Served) -> None:
             image=("white.png", png(picture())), prompt="red apple", input_fidelity="high"
         )
     assert caught.value.param == "input_fidelity"
+
+
+def test_a_pipeline_that_follows_edges_is_served(tmp_path: Path) -> None:
+    base, _ = pipelines.saved(pipelines.PIPELINES["flux-control"], tmp_path / "control")
+    model = ModelFlags(model_path=str(base))
+    form = {"prompt": "red apple", "num_inference_steps": "2", "size": "32x32"}
+    files = {"image": ("edges.png", png(picture()))}
+    with serving(lambda: loading.load(model, loading.RunFlags(device="cpu"))) as following:
+        drawn = following.http.post("/v1/images/edits", data=form, files=files)
+        missing = following.draw(prompt="red apple", size="32x32")
+    assert drawn.status_code == 200, drawn.text
+    assert "a FluxControlPipeline follows a picture" in missing.json()["error"]["message"]
 
 
 def test_a_pipeline_without_pictures_in_says_where_to_go() -> None:

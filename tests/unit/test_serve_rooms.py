@@ -3,19 +3,23 @@
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from diffquant.errors import UsageError
 from diffquant.run import Request, Result
-from diffquant.serve.bodies import Delivery, ImageBody
+from diffquant.serve import admission
+from diffquant.serve.bodies import FIELDS, Delivery, ImageBody
+from diffquant.serve.engine import Facts
 from diffquant.serve.images import spread
 from diffquant.serve.jobs import Job, State, Stopped
 from diffquant.serve.line import Line
 from diffquant.serve.pictures import Picture, Shelf, encode
-from diffquant.serve.refusals import Refused, of_failure
+from diffquant.serve.refusals import Refused, of_failure, of_validation
 from diffquant.serve.settings import Settings, is_loopback
 
 PNG = Delivery(
@@ -281,6 +285,24 @@ def _fields(delivery: Delivery) -> dict[str, Any]:
 # refusals and settings
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("steps", "num_inference_steps"), ("cfg_scale", "true_cfg_scale")]
+)
+def test_a_field_of_other_servers_is_told_ours(typed: str, meant: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        ImageBody.model_validate({"prompt": "a", typed: 3})
+    assert meant in of_validation(caught.value.errors(), FIELDS).message
+
+
+def test_what_the_decoder_alone_would_need_must_be_free() -> None:
+    facts = cast(Facts, SimpleNamespace(decoded_bytes=256, report=SimpleNamespace(device="cpu")))
+    large, small = Request(width=2048, height=2048), Request(width=64, height=64)
+    with pytest.raises(Refused, match="takes at least 3.2 GB, 1.0 GB are free"):
+        admission._require_memory(large, facts, lambda _: 10**9)
+    admission._require_memory(large, facts, lambda _: 10**10)
+    admission._require_memory(small, facts, lambda _: 0)
+
+
 def test_a_defect_of_ours_tells_its_kind_and_not_its_text() -> None:
     refused = of_failure(FileNotFoundError("/home/somebody/secret"))
     assert refused.status == 500
@@ -289,8 +311,8 @@ def test_a_defect_of_ours_tells_its_kind_and_not_its_text() -> None:
 
 def test_flags_in_a_refusal_become_fields() -> None:
     refused = of_failure(UsageError("--negative-prompt has no effect", hint="--true-cfg-scale 4"))
-    assert refused.message == "negative_prompt has no effect\nhint: true_cfg_scale 4"
-    assert refused.status == 400
+    assert refused.message == "negative_prompt has no effect (hint: true_cfg_scale 4)"
+    assert (refused.status, refused.param) == (400, "negative_prompt")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "localhost", "::1", "[::1]"])

@@ -1,5 +1,6 @@
 """openai's video calls against a real server with a tiny Wan."""
 
+import base64
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,10 +32,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield running
 
 
-def made(served: Served, **extra: Any) -> Any:
+def made(served: Served, seed: int = 42, **given: Any) -> Any:
     """A video, waited for at most 30 seconds."""
     asked = served.openai.videos.create(
-        prompt="red car", size="32x32", extra_body={**SMALL, **extra}
+        prompt="red car", size="32x32", **given, extra_body={**SMALL, "seed": seed}
     )
     assert asked.status in ("queued", "in_progress")
     until(lambda: served.openai.videos.retrieve(asked.id).status in ("completed", "failed"))
@@ -129,6 +130,31 @@ def test_a_hostile_body_is_a_400(served: Served, body: bytes) -> None:
 def test_pictures_are_not_drawn_by_a_pipeline_of_videos(served: Served) -> None:
     assert "POST /v1/videos" in served.draw(prompt="red car").json()["error"]["message"]
     assert httpx.get(f"{served.url}/v1/videos/video_x").status_code == 404
+
+
+def test_a_video_begins_with_the_picture_that_was_sent(tmp_path: Path) -> None:
+    base, _ = pipelines.saved(pipelines.PIPELINES["wan-i2v-experts"], tmp_path / "i2v")
+    pipeline = loading.load(ModelFlags(model_path=str(base)), loading.RunFlags(device="cpu"))
+    data = png(Image.new("RGB", (32, 32), "red"))
+    text = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    asked = {"prompt": "red car", "size": "32x32", **SMALL}
+    with serving(lambda: pipeline) as beginning:
+        video = made(beginning, input_reference=data)
+        inline = beginning.http.post(
+            "/v1/videos/sync", json={**asked, "input_reference": {"image_url": text}}
+        )
+        without = beginning.http.post("/v1/videos", json=asked)
+    assert (video.status, inline.status_code) == ("completed", 200)
+    assert video.to_dict()["request"]["image"][0].startswith("upload-")
+    assert without.json()["error"]["message"] == (
+        "a WanImageToVideoPipeline begins with a picture: send input_reference"
+    )
+
+
+def png(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
 
 
 def test_a_video_that_is_fetched_has_its_sound(tmp_path: Path) -> None:
