@@ -273,10 +273,11 @@ def _notes(question: Question, reference: Capture) -> Iterator[str]:
 
 
 def _require_dense(dry: DryRun) -> None:
-    """A quantized base proves nothing, unless it was named as the reference's own transformer."""
-    named = dry.resolution.components
-    for component, plan in dry.plans.items():
-        if plan.quantized and not named[component].override:
+    """A quantized base proves nothing, unless it was named as the reference's own transformer. Other
+    components that a base stores quantized are the same on both sides."""
+    for component, source in dry.transformers.items():
+        plan = dry.plans[component]
+        if plan.quantized and not source.override:
             raise RunError(
                 f"the reference's {component} is quantized itself ({plan.format})",
                 hint="--reference-model-path, or --reference-transformer-path, names the BF16 one",

@@ -8,6 +8,7 @@ headers, never weights.
   _pipelines     rules 1 and 5: the base pipeline
   _overrides     rules 2 and 3: components from elsewhere
   _weightless    rule 2b: those that have no weights
+  _stored        rule 5b: what the base stores quantized
   _experts       rule 4: two transformers
   _fetching      rule 6: several sets of weights in one place
   _svdquant      rule 7: promises
@@ -43,6 +44,7 @@ from diffquant.resolve._quantization import (
     require_something_to_quantize,
 )
 from diffquant.resolve._rules import RULES, Fired, Log
+from diffquant.resolve._stored import rule_5b_stored_quantized
 from diffquant.resolve._svdquant import SVDQUANT_NAME
 from diffquant.resolve._weightless import Weightless, rule_2b_weightless
 from diffquant.sources import PipelineFolder
@@ -109,6 +111,7 @@ def resolve(flags: ModelFlags) -> Resolution:
         if name in overrides
         or name in components_to_quantize(flags)
         or is_transformer(name, classes)
+        or (name not in weightless and rule_5b_stored_quantized(name, pipeline, log))
     }
     return Resolution(
         pipeline=pipeline,

@@ -22,6 +22,7 @@ RULES: Mapping[str, str] = {
     "4b": "{origin!r} holds {component} too, and its config agrees with the base",
     "4e": "{origin!r} keeps {component} in {folder!r}; its config stays the base's",
     "5": "{origin!r} is weights of the family {family}; its base pipeline is {base!r}",
+    "5b": "the base stores {component} quantized: {evidence}",
     "6": "of several weight files in {origin!r} {name!r} is taken",
     "7": "the name {name!r} promises SVDQuant {precision} of rank {rank}; the tensors must agree",
     "7b": "the flags promise SVDQuant {precision} of rank {rank}; the tensors must agree",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import diffquant
 from diffquant import cli, device, headers, loading, online, planner, resolve, sources
 from diffquant.classes import respelled, skeleton
-from diffquant.errors import PlanError, UsageError
+from diffquant.errors import FormatError, PlanError, UsageError
 from diffquant.families import FAMILIES
 from diffquant.kernels import choose
 from diffquant.layouts import nunchaku_awq
@@ -288,6 +288,52 @@ def test_the_command_line_draws_saves_and_draws_again_from_what_it_saved(
     out, err = capsys.readouterr()
     assert "is not the one that drew the picture" not in err
     assert pixels(Path(json.loads(out)["paths"][0])) == pictures[0]
+
+
+@pytest.fixture(scope="module")
+def stored_in_the_base(flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pipeline with its T5 stored as ModelOpt FP8, under the name transformers gives files."""
+    base = shutil.copytree(flux, tmp_path_factory.mktemp("base") / "flux")
+    wish = ModelFlags(model_path=str(flux), component_quantizations={"text_encoder_2": "fp8"})
+    saved = tmp_path_factory.mktemp("t5") / "t5"
+    loading.save_quantized(loading.dry_run(wish, loading.RunFlags(save_quantized=str(saved))))
+    shutil.rmtree(base / "text_encoder_2")
+    shutil.copytree(saved, base / "text_encoder_2")
+    file = base / "text_encoder_2" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_name("model.safetensors"))
+    return base
+
+
+def test_an_encoder_that_the_base_stores_quantized_keeps_its_scales(
+    flux: Path, stored_in_the_base: Path
+) -> None:
+    whole = diffquant.load(str(flux), device="cpu").text_encoder_2
+    pipeline = diffquant.load(str(stored_in_the_base), device="cpu")
+    assert "text_encoder_2: 5/6 linears fp8" in diffquant.report(pipeline).truth_lines[0]
+    with torch.inference_mode():
+        meant, found = (each(IDS).last_hidden_state for each in (whole, pipeline.text_encoder_2))
+        unscaled = transformers.T5EncoderModel.from_pretrained(
+            stored_in_the_base / "text_encoder_2", dtype=torch.bfloat16
+        )
+        wrong = unscaled(IDS).last_hidden_state
+    assert (found - meant).norm() < 0.1 * meant.norm()
+    assert (wrong - meant).norm() > 0.5 * meant.norm()  # which is what transformers makes of it
+
+
+def test_an_encoder_of_the_base_that_nothing_explains_stops_the_load(
+    stored_in_the_base: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(stored_in_the_base, tmp_path / "base")
+    config = base / "text_encoder_2" / "config.json"
+    told = json.loads(config.read_text())
+    del told["quantization_config"]
+    config.write_text(json.dumps(told))
+    file = base / "text_encoder_2" / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if "scale" not in name}
+    save_file(tensors, file)
+    with pytest.raises(FormatError, match="the pipeline's own text_encoder_2 cannot be read") as no:
+        loading.dry_run(ModelFlags(model_path=str(base)))
+    assert no.value.hint == "--text-encoder-2-path DIR gives it other weights"
 
 
 def test_a_vae_says_that_it_is_convolutions_and_takes_other_weights(
