@@ -31,6 +31,7 @@ import click
 
 import diffquant
 from benchmarks._results import table
+from diffquant.attach import hush
 from diffquant.compare import Candidate
 from diffquant.compare.chart import Chart, Point, picture
 from diffquant.compare.verdict import LEVELS, judge
@@ -331,17 +332,6 @@ def _store(path: Path, text: str) -> None:
     path.write_text(between.sub(lambda _: block, held) if held else f"{block}\n", "utf-8")
 
 
-def _quiet() -> None:
-    """Libraries report errors only, and show no bars of their own."""
-    import diffusers
-    import transformers
-
-    warnings.simplefilter("ignore")
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """0, or 1 where a method that is there does not draw."""
     known = {method.name: method for method in methods()}
@@ -355,7 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [name for name in options.methods if name not in known]
     if unknown:
         parser.error(f"no method is called {unknown[0]!r}; there are {', '.join(known)}")
-    _quiet()
+    warnings.simplefilter("ignore")
+    hush()
     prompts = captions(options.prompts)
     chosen = [known[name] for name in options.methods or known]
     found = list(rows(chosen, prompts, lambda text: click.echo(text, err=True)))

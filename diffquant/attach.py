@@ -1,5 +1,6 @@
 """Transformers into a pipeline: ordinary diffusers from here on."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -51,3 +52,15 @@ def class_of(root: Path) -> Any:
 
     name = diffusers.DiffusionPipeline.load_config(root)["_class_name"]
     return getattr(diffusers, name, diffusers.DiffusionPipeline)
+
+
+def hush() -> None:
+    """Diffusers and transformers report errors only, where their variables do not say otherwise, and
+    show no bars of their own."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        if f"{library.__name__.upper()}_VERBOSITY" not in os.environ:
+            library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()

@@ -119,11 +119,9 @@ def quiet() -> None:
 
 def quiet_bars() -> None:
     """No bars but ours. Imports the libraries, so call it when they are needed anyway."""
-    import diffusers
-    import transformers
+    from diffquant.attach import hush
 
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    hush()
 
 
 def _told(error: Exception) -> tuple[str, str | None, int]:

@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-import diffusers
 import torch
-import transformers
+
+from diffquant.attach import hush
 
 
 def settle(folder: str, threads: int) -> None:
@@ -14,6 +14,4 @@ def settle(folder: str, threads: int) -> None:
     if Path(folder).is_dir():
         os.chdir(folder)
     torch.set_num_threads(threads)
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    hush()
