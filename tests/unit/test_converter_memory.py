@@ -41,7 +41,7 @@ def watch():
     while not done.wait(0.005):
         seen.append(resident())
 
-watcher = threading.Thread(target=watch)
+watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 writing = Writing(output_dir=folder / "out", max_shard_size=100.0)
 if kind == "fp8":
