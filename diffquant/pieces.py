@@ -194,7 +194,8 @@ def _scale_shape(stored: Tensor, encoding: Encoding, stored_NK: tuple[int, int])
     group = ENCODINGS.load(encoding.name).group
     if group is not None:
         return (n, -(-k // int(encoding.option("block", str(group)))))
-    if stored.numel() % n == 0 and n in stored.shape:
+    # More rows than the weight has are groups of it, one below the other.
+    if stored.numel() % n == 0 and (n in stored.shape or stored.shape[0] > n):
         return (n, stored.numel() // n)
     if stored.dim() == 4:
         # ModelOpt writes blocks as [N / rows, 1, K / columns, 1], either count may be 1 as well.
