@@ -40,6 +40,8 @@ LOST = 0.5
 BIAS = 0.1
 #: What storing a weight in bfloat16 once more may cost; errors below say nothing.
 ROUNDING = 2.0**-8
+#: Weights that are looked at together: what is computed of them stays in the cache.
+CACHED = 1 << 17
 #: Base layers a suspicious one is held against.
 STRANGERS = 64
 #: Suspicion of a layer that stayed dense though its like did not.
@@ -129,6 +131,13 @@ class Running:
 
     def add(self, reference_NK: Tensor, decoded_NK: Tensor) -> None:
         """Some of its rows, before and after."""
+        rows = max(1, CACHED // max(1, reference_NK[:1].numel()))
+        for reference, decoded in zip(
+            reference_NK.split(rows), decoded_NK.split(rows), strict=True
+        ):
+            self._add(reference, decoded)
+
+    def _add(self, reference_NK: Tensor, decoded_NK: Tensor) -> None:
         reference = reference_NK.float()
         difference = decoded_NK.float() - reference
         self._signal = hypot(self._signal, float(reference.norm()))
