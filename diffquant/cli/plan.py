@@ -14,7 +14,7 @@ from diffquant.cli._arguments import ModelCommand, Prepared
 from diffquant.kernels import Choice
 from diffquant.plan import Plan
 from diffquant.preset import for_model
-from diffquant.residence import MODES, Mode, Residence, bytes_of
+from diffquant.residence import BUDGET, MODES, Mode, Residence, bytes_of
 
 ONLY_HERE = ("--json",)
 MEMORY = "--memory"
@@ -121,6 +121,7 @@ def _forecast(dry: loading.DryRun, drawn: forecast.Canvas, mode: Mode) -> foreca
         residence=replace(dry.residence, mode=mode),
         drawn=drawn,
         compute=forecast.WIDTHS[loading.DTYPES[dry.run.dtype]],
+        budget=bytes_of(BUDGET, dry.run.memory_budget) if dry.run.memory_budget else 0,
     )
 
 
@@ -128,7 +129,8 @@ def _memory(
     dry: loading.DryRun, drawn: forecast.Canvas, ways: Mapping[Mode, forecast.Forecast]
 ) -> Iterator[str]:
     peaks = ways[dry.residence.mode]
-    way = f"peaks at {drawn} with --offload {dry.residence.mode}, estimated:"
+    beside = f" and {BUDGET} {dry.run.memory_budget}" if dry.run.memory_budget else ""
+    way = f"peaks at {drawn} with --offload {dry.residence.mode}{beside}, estimated:"
     yield "\n".join([way, _talk.table(_peaks(peaks))])
     rows = [
         (

@@ -24,6 +24,7 @@ from diffquant.forecast._holdings import (
     recoded_bytes,
     stored_bytes,
 )
+from diffquant.forecast._keeping import Keeping, keeping
 from diffquant.kernels import Choice
 from diffquant.plan import Plan
 from diffquant.residence import ON_DEVICE, Mode, Residence
@@ -91,6 +92,21 @@ class _Run:
     scratch: int
     denoising: int
     decoding: int
+    keeping: Mapping[str, Keeping]
+
+    @property
+    def timing(self) -> int:
+        """What timing products takes, and what of it is not given back until something else uses it."""
+        largest = max((each.timing for each in self.keeping.values()), default=0)
+        return largest + CHUNKS if largest else 0
+
+    @property
+    def kept_reading(self) -> int:
+        return sum(each.kept for name, each in self.keeping.items() if not _draws(name))
+
+    @property
+    def kept_drawing(self) -> int:
+        return sum(each.kept for name, each in self.keeping.items() if _draws(name))
 
     @property
     def everyone(self) -> Sequence[Holding]:
@@ -114,12 +130,14 @@ def forecast(
     residence: Residence = ON_DEVICE,
     drawn: Canvas | None = None,
     compute: int = COMPUTE_BYTES,
+    budget: int = 0,
 ) -> Forecast:
     """Peaks of loading and of drawing once.
 
-    choices  of kernels; without them none decodes whole layers
+    choices  of kernels; without them none decodes whole layers, and nothing stays decoded
     drawn    what is drawn; without it activations count nothing
     compute  bytes of one value of the run's dtype
+    budget   of a CPU, bytes for weights that stay decoded: see `diffquant.keeping`
     """
     held = holdings(plans, pipeline, compute)
     run = _Run(
@@ -134,6 +152,7 @@ def forecast(
         if drawn
         else 0,
         decoding=decoding_bytes(drawn, compute) if drawn and "vae" in held else 0,
+        keeping=keeping(choices or {}, budget, compute) if budget else {},
     )
     ways = _ON_CPU if device.kind == "cpu" else _ON_ACCELERATOR
     besides = TRITON if "triton" in device.packages else 0
@@ -164,14 +183,14 @@ def _scratch(
 
 def _mapped_on_cpu(run: _Run) -> list[Stage]:
     made = sum(each.made for each in run.everyone)
-    at_work = LIBRARIES + LIBRARIES_AT_WORK + made
+    at_work = LIBRARIES + LIBRARIES_AT_WORK + made + run.kept_reading
     encode = at_work + sum(each.total - each.looked_up - each.made for each in run.readers)
-    drawers = sum(each.total - each.made for each in run.drawers)
+    drawers = sum(each.total - each.made for each in run.drawers) + run.kept_drawing
     decoders = sum(each.total - each.made for each in run.decoders)
     denoise = encode + drawers + run.scratch
     return [
-        Stage("load", LIBRARIES + made + run.working, 0),
-        Stage("encode", encode, 0),
+        Stage("load", LIBRARIES + made + max(run.working, run.timing), 0),
+        Stage("encode", encode + run.timing, 0),
         Stage("denoise", denoise + run.denoising, 0),
         Stage("decode", denoise + decoders + max(run.decoding, run.kept_free), 0),
     ]

@@ -14,7 +14,7 @@ from diffquant.device import Device
 from diffquant.forecast import CHUNKS, Forecast, canvas, forecast, recoded_bytes, stored_bytes
 from diffquant.online import Online, requantized
 from diffquant.plan import Plan
-from diffquant.residence import Mode, Residence
+from diffquant.residence import BUDGET, Mode, Residence, bytes_of
 from diffquant.resolve import ModelFlags
 from diffquant.sources import PipelineFolder
 from tests import tiny
@@ -28,6 +28,8 @@ VAE = 1000  # bytes
 TOLERANCE = 0.15
 #: A FLUX of blocks of 70 and 170 MB.
 WIDE = {"attention_head_dim": 128, "axes_dims_rope": [16, 56, 56], "num_attention_heads": 12}
+#: Every weight of it stays decoded.
+KEPT = {"memory_budget": "1GiB"}
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,32 @@ def test_larger_pictures_take_more_than_smaller_ones(plan: Plan, pipeline: Pipel
     assert small < peak(width=256, height=256, num_frames=9)
 
 
+def test_what_stays_decoded_is_counted_up_to_the_budget(
+    plan: Plan, pipeline: PipelineFolder
+) -> None:
+    choices = {
+        "transformer": loading.choose_all(plan, CPU, loading.RunFlags(device="cpu"), "transformer")
+    }
+
+    def drawing(budget: int) -> int:
+        found = forecast({"transformer": plan}, pipeline, CPU, choices=choices, budget=budget)
+        return stages(found)["denoise"][0]
+
+    weights = sum(n * k for n, k in (layer.shape_NK for layer in plan.quantized))
+    assert drawing(1000) - drawing(0) == 1000
+    assert drawing(1 << 40) - drawing(0) == 2 * weights  # in bfloat16
+
+
+def test_kernels_that_keep_nothing_take_nothing_of_the_budget(
+    plan: Plan, pipeline: PipelineFolder
+) -> None:
+    faithful = loading.RunFlags(device="cpu", numerics="faithful")
+    choices = {"transformer": loading.choose_all(plan, CPU, faithful, "transformer")}
+    given = {"choices": choices, "budget": 1 << 40}
+    with_budget = forecast({"transformer": plan}, pipeline, CPU, **given)
+    assert with_budget == forecast({"transformer": plan}, pipeline, CPU, choices=choices)
+
+
 def test_a_canvas_counts_tokens_as_the_pipeline_does(pipeline: PipelineFolder) -> None:
     config = {"block_out_channels": [128, 256, 512, 512]}
     (pipeline.root / "vae" / "config.json").write_text(json.dumps(config))
@@ -143,15 +171,15 @@ def test_a_canvas_counts_tokens_as_the_pipeline_does(pipeline: PipelineFolder) -
 # ---------------------------------------------------------------------------------------- as measured
 
 
-def measured(flags: dict[str, Any], request: dict[str, Any]) -> dict[str, int]:
-    """The peaks of a process of its own."""
+def measured(flags: dict[str, Any], request: dict[str, Any], cache: Path) -> dict[str, int]:
+    """The peaks of a process of its own, which remembers times in `cache` only."""
     asked = json.dumps({"flags": {"device": "cpu", **flags}, "request": request})
     found = subprocess.run(
         [sys.executable, str(PEAKS), asked],
         check=True,
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cache)},
     )
     peaks: dict[str, int] = json.loads(found.stdout.splitlines()[-1])["stages"]
     return peaks
@@ -159,7 +187,8 @@ def measured(flags: dict[str, Any], request: dict[str, Any]) -> dict[str, int]:
 
 def foretold(flags: dict[str, Any], request: dict[str, Any]) -> dict[str, int]:
     model = {name: flags[name] for name in ("model_path", "quantization") if name in flags}
-    run = loading.RunFlags(device="cpu", offload=flags.get("offload", "none"))
+    budget = flags.get("memory_budget")
+    run = loading.RunFlags(device="cpu", offload=flags.get("offload", "none"), memory_budget=budget)
     dry = loading.dry_run(ModelFlags(**model), run)
     folder = dry.resolution.pipeline
     peaks = forecast(
@@ -169,11 +198,12 @@ def foretold(flags: dict[str, Any], request: dict[str, Any]) -> dict[str, int]:
         choices=dry.choices,
         residence=dry.residence,
         drawn=canvas(request, folder),
+        budget=bytes_of(BUDGET, budget) if budget else 0,
     )
     return {stage.name: stage.host for stage in peaks.stages}
 
 
-def holds(flags: dict[str, Any], side: int) -> None:
+def holds(flags: dict[str, Any], side: int, cache: Path) -> None:
     request = {
         "prompt": "red apple",
         "width": side,
@@ -181,7 +211,7 @@ def holds(flags: dict[str, Any], side: int) -> None:
         "num_inference_steps": 2,
         "max_sequence_length": 16,
     }
-    found, told = measured(flags, request), foretold(flags, request)
+    found, told = measured(flags, request, cache), foretold(flags, request)
     assert found == pytest.approx(told, rel=TOLERANCE)
 
 
@@ -196,14 +226,18 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @linux_only
-def test_the_bundled_model_peaks_as_foretold() -> None:
-    holds({}, 64)
+def test_the_bundled_model_peaks_as_foretold(tmp_path: Path) -> None:
+    holds({}, 64, tmp_path)
 
 
 @linux_only
-@pytest.mark.parametrize("flags", [{"quantization": "fp8"}, {"offload": "disk"}])
-def test_a_wide_model_peaks_as_foretold(wide: str, flags: dict[str, str]) -> None:
-    holds({"model_path": wide, **flags}, 64)
+@pytest.mark.parametrize(
+    "flags",
+    [{"quantization": "fp8"}, {"quantization": "int8", **KEPT}, {"offload": "disk"}],
+    ids=["fp8", "int8 kept decoded", "disk"],
+)
+def test_a_wide_model_peaks_as_foretold(wide: str, flags: dict[str, str], tmp_path: Path) -> None:
+    holds({"model_path": wide, **flags}, 64, tmp_path)
 
 
 @linux_only
@@ -213,6 +247,9 @@ def test_without_its_blocks_the_forecast_would_be_wrong(wide: str) -> None:
     resident = foretold({"model_path": wide}, request)["denoise"]
     streamed = foretold({"model_path": wide, "offload": "disk"}, request)["denoise"]
     assert resident != pytest.approx(streamed, rel=0.05)
+    encoded = {"model_path": wide, "quantization": "int8"}
+    decoded = foretold({**encoded, **KEPT}, request)["denoise"]
+    assert decoded != pytest.approx(foretold(encoded, request)["denoise"], rel=TOLERANCE)
 
 
 @linux_only
@@ -224,4 +261,4 @@ def test_a_model_of_two_gigabytes_peaks_as_foretold(
 ) -> None:
     folder = tiny.tiny_flux_pipeline(tmp_path / "large", **WIDE, num_layers=8, num_single_layers=10)
     flags = {"model_path": str(folder), "offload": offload}
-    holds({**flags, **({"quantization": quantization} if quantization else {})}, 256)
+    holds({**flags, **({"quantization": quantization} if quantization else {})}, 256, tmp_path)
