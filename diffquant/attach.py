@@ -40,6 +40,10 @@ def attach(
     for name, module in {**modules, **handed}.items():
         assert getattr(pipeline, name) is module, f"diffusers put another {name} in its place"
     pipeline.set_progress_bar_config(disable=True)
+    for module in modules.values():
+        if refusal := vars(module).get("save_pretrained"):
+            # Before diffusers has written the components that come first.
+            pipeline.save_pretrained = refusal
     if compile:
         compile_blocks(modules)
     return offload.place(pipeline, modules, device=device, residence=residence, keep=keep)

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from diffquant.adapters import file_of, parsed
-from diffquant.errors import UsageError
+from diffquant.errors import SourceError, UsageError
 from diffquant.linear import QuantLinear
 from diffquant.visiting import visiting
 
@@ -29,6 +29,7 @@ from diffquant.visiting import visiting
 ADAPTER_TENSOR = re.compile(r"\.(?:lora_A|lora_B|lora_magnitude_vector|lora\.|lokr_)")
 #: How names begin that diffusers' converters understand.
 SPOKEN = ("transformer.", "text_encoder", "diffusion_model.", "lora_", "unet.")
+ORG_REPO = 2  # parts of what the hub calls a repository
 PEFT_PREFIX = "base_model.model."
 #: What diffusers and PEFT call the file in a LoRA's folder.
 USUAL = ("pytorch_lora_weights", "adapter_model")
@@ -171,6 +172,7 @@ class _Loader:
 def _converted(pipeline: Any, source: Any, options: Mapping[str, Any]) -> dict[str, Tensor]:
     """The file's tensors under diffusers' names, by diffusers' own converters of this pipeline."""
     copied = dict(source) if isinstance(source, Mapping) else source
+    _require_there(source)
     wanted = {key: value for key, value in options.items() if key in _FETCHING}
     try:
         converted: dict[str, Tensor] = pipeline.lora_state_dict(copied, **wanted)
@@ -181,6 +183,18 @@ def _converted(pipeline: Any, source: Any, options: Mapping[str, Any]) -> dict[s
             hint="see `diffquant inspect BASE --lora FILE` for what they are",
         ) from error
     return converted
+
+
+def _require_there(source: Any) -> None:
+    """Raises SourceError for a path that leads nowhere, which diffusers would ask the hub for."""
+    if not isinstance(source, str | Path):
+        return
+    path = Path(source)
+    is_path = path.is_absolute() or path.suffix == ".safetensors" or len(path.parts) > ORG_REPO
+    if is_path and not path.exists():
+        raise SourceError(
+            f"there is no LoRA {str(source)!r}", hint="a .safetensors file, a folder, or org/repo"
+        )
 
 
 _FETCHING = frozenset(
@@ -383,19 +397,28 @@ def _show_weight(layer: QuantLinear, state: dict[str, Any], prefix: str, _: Any)
     state[f"{prefix}weight"] = layer.weight
 
 
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """A method that is refused; a module that holds one can be copied and pickled."""
+
+    what: str
+    instead: str
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        raise UsageError(f"{self.what}: {NOT_MERGED}", hint=self.instead)
+
+
 def _refuse_merging(component: str, model: Any) -> None:
-    def fuse_lora(*_: Any, **__: Any) -> NoReturn:
-        raise UsageError(
-            f"a LoRA cannot be fused into {component!r}: {NOT_MERGED}",
-            hint="leave fuse_lora() out; the adapter works as it is, set_adapters() weighs it",
-        )
-
-    def fuse_qkv_projections(*_: Any, **__: Any) -> NoReturn:
-        raise UsageError(
-            f"projections of {component!r} cannot be fused: {NOT_MERGED}",
-            hint="leave fuse_qkv_projections() out; it changes speed only",
-        )
-
-    for refusal in (fuse_lora, fuse_qkv_projections):
-        if hasattr(model, refusal.__name__):
-            setattr(model, refusal.__name__, refusal)
+    refusals = {
+        "fuse_lora": _Refusal(
+            f"a LoRA cannot be fused into {component!r}",
+            "leave fuse_lora() out; the adapter works as it is, set_adapters() weighs it",
+        ),
+        "fuse_qkv_projections": _Refusal(
+            f"projections of {component!r} cannot be fused",
+            "leave fuse_qkv_projections() out; it changes speed only",
+        ),
+    }
+    for name, refusal in refusals.items():
+        if hasattr(model, name):
+            setattr(model, name, refusal)

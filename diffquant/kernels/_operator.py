@@ -19,6 +19,23 @@ if TYPE_CHECKING:
 _built: dict[str, tuple["Multiply", tuple[Role, ...], int, bool]] = {}
 
 
+class _Product:
+    """One call of the operator. Copied or sent to another process, it is built anew there."""
+
+    def __init__(self, kernel: str, spec: Spec, roles: tuple[Role, ...], text: str) -> None:
+        self._made_of = kernel, spec
+        self._roles = roles
+        self._text = text
+        self._operator = _operator()
+
+    def __call__(self, x_MK: "Tensor", parts: "Parts") -> "Tensor":
+        product: Tensor = self._operator(x_MK, [parts[role] for role in self._roles], self._text)
+        return product
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return multiplier, self._made_of
+
+
 def multiplier(kernel: str, spec: Spec) -> "Multiply":
     """The kernel's product for this spec, as a call of the operator."""
     text = _text(kernel, spec)
@@ -26,14 +43,7 @@ def multiplier(kernel: str, spec: Spec) -> "Multiply":
         roles = tuple(sorted(spec.roles))
         found = KERNELS.load(kernel)
         _built[text] = (found.build(spec), roles, spec.shape_NK[0], found.float32)
-    roles = _built[text][1]
-    operator = _operator()
-
-    def multiply(x_MK: "Tensor", parts: "Parts") -> "Tensor":
-        product: Tensor = operator(x_MK, [parts[role] for role in roles], text)
-        return product
-
-    return multiply
+    return _Product(kernel, spec, _built[text][1], text)
 
 
 def _text(kernel: str, spec: Spec) -> str:

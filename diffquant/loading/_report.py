@@ -15,6 +15,7 @@ from diffquant.plan import Plan
 if TYPE_CHECKING:
     from diffquant.lora import Adapter
 
+#: By pipeline, and by each model that was built, which other pipelines may share.
 _REPORTS: "weakref.WeakKeyDictionary[Any, Report]" = weakref.WeakKeyDictionary()
 
 
@@ -85,15 +86,31 @@ class Report:
 
 
 def remember(pipeline: Any, report: Report) -> None:
-    """From now on `report(pipeline)` gives it, as long as the pipeline lives."""
+    """From now on `report(pipeline)` gives it, as long as the pipeline lives, and so it does for
+    pipelines that are made of the same models: `from_pipe(pipeline)`."""
     _REPORTS[pipeline] = report
+    for name in report.plans:
+        _REPORTS[pipeline.components[name]] = report
 
 
 def report(pipeline: Any) -> Report:
     """What `load` decided for this pipeline. Raises UsageError for any other pipeline."""
-    found = _REPORTS.get(pipeline)
+    found = _REPORTS.get(pipeline) or _of_models(pipeline)
     if found is None:
         raise UsageError(
             "this pipeline was not loaded by diffquant", hint="pipeline = diffquant.load(...)"
         )
     return found
+
+
+def _of_models(pipeline: Any) -> Report | None:
+    """Of the pipeline whose models these are, where all it speaks of are here."""
+    models = [part for part in getattr(pipeline, "components", {}).values() if _is_known(part)]
+    reports = {id(_REPORTS[model]): _REPORTS[model] for model in models}
+    whole = [found for found in reports.values() if len(found.plans) == len(models)]
+    return whole[0] if len(reports) == 1 and whole else None
+
+
+def _is_known(part: Any) -> bool:
+    """Not everything in a pipeline can be looked up: tuples and None are components too."""
+    return hasattr(part, "state_dict") and part in _REPORTS

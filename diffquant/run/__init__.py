@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 
 import torch
@@ -142,6 +143,12 @@ def recorded(result: Result, *, flags: Mapping[str, Any], report: Mapping[str, A
 
 def versions() -> dict[str, str]:
     """Versions of what decides the bits of a picture, and the number of threads."""
+    return {**_installed(), "threads": str(torch.get_num_threads())}
+
+
+@cache
+def _installed() -> Mapping[str, str]:
+    """Looked up once: reading the metadata takes two milliseconds, of every picture."""
     from importlib.metadata import PackageNotFoundError, version
 
     names = ("diffquant", "torch", "diffusers", "transformers")
@@ -151,7 +158,7 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed as a package"
-    return {**found, "threads": str(torch.get_num_threads())}
+    return found
 
 
 def _require_picture(picture: Tensor, index: int) -> None:

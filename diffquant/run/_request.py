@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 from diffquant.errors import UsageError
@@ -92,7 +93,8 @@ def fill(request: Request, pipeline: Any, defaults: Mapping[str, Any]) -> Reques
     return _with_guidance(replace(request, **values), request)
 
 
-def _accepted(kind: type) -> dict[str, Any]:
+@cache
+def _accepted(kind: type) -> Mapping[str, Any]:
     """Fields of a request the pipeline's call takes, with its own default for each."""
     parameters = inspect.signature(kind.__call__).parameters
     known = {item.name for item in fields(Request)}
