@@ -8,6 +8,7 @@ that would be read differently is refused; and it tells the order of rows, which
 Letters: N output features, K input features. `pad` grows both where the dialect asks for it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from diffquant.exporting._parts import Parts, Shapes
 from diffquant.exporting._proof import losses_of, read_back, require_one
 from diffquant.exporting._stored import declared, sketches_of
 from diffquant.formats import FORMATS, Export
-from diffquant.plan import Plan
+from diffquant.plan import DENSE, Plan
 from diffquant.tensors import Passing
 from diffquant.writing import GIB, Check, Declared, Progress, write, write_file
 
@@ -136,9 +137,21 @@ def save(
 
 
 def _export(plan: Plan, format_name: str) -> Export:
-    writer = FORMATS.load(format_name).write
-    if writer is None:
+    format = FORMATS.load(format_name)
+    if format.write is None:
         raise FormatError(
             f"nothing writes {format_name} files", hint=f"one of: {', '.join(writable())}"
         )
-    return writer(plan)
+    _require_encodings(plan, format_name, format.encodings)
+    return format.write(plan)
+
+
+def _require_encodings(plan: Plan, format_name: str, held: Sequence[str]) -> None:
+    """Said before anything is said of layouts: another dialect changes no number."""
+    for layer in plan.quantized:
+        for name in layer.encodings:
+            if name not in (*held, DENSE.name):
+                raise FormatError(
+                    f"{format_name} files hold {' and '.join(held)}, and {layer.path!r} is {name}",
+                    hint="diffquant convert dequantize SOURCE OUT, then a build command makes it anew",
+                )
