@@ -16,6 +16,10 @@ from diffquant.serve.bodies import FIELDS
 from diffquant.serve.gate import Gate
 from diffquant.serve.service import Service
 
+#: Seconds an idle connection is kept. People look at a picture before they ask for the next one, and a
+#: request that meets the closing of its connection fails.
+KEPT_ALIVE = 75
+
 
 def application(service: Service) -> FastAPI:
     """The ASGI app; the worker lives as long as it does."""
@@ -65,6 +69,7 @@ def server(service: Service, **ssl: str | None) -> Server:
     """
     config = uvicorn.Config(
         application(service),
+        timeout_keep_alive=KEPT_ALIVE,
         timeout_graceful_shutdown=max(int(service.settings.drain), 1),
         log_config=None,
         access_log=False,

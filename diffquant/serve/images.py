@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import math
 import re
 import time
 from collections.abc import AsyncIterator
@@ -22,6 +23,7 @@ from diffquant.serve.refusals import FINAL, Refused, of_failure
 from diffquant.serve.service import Service
 
 KEEP_ALIVE = 15.0  # seconds after which a silent stream says that it lives
+AT_ONCE = 96 * 96  # pixels whose encoding takes a few milliseconds at most
 NAME = re.compile(r"[\w.-]{1,80}", re.ASCII)
 
 
@@ -63,7 +65,7 @@ async def answered(service: Service, job: Job, delivery: Delivery, request: Requ
         return _streamed(service, job, delivery)
     service.line.join(job)
     result = await finished(service, job, request)
-    pictures = await asyncio.to_thread(encoded, result, delivery)
+    pictures = await _encoded(result, delivery)
     return JSONResponse(
         _body(service, job, result, pictures, delivery, request), headers=_headers(job)
     )
@@ -217,6 +219,13 @@ def _compared(job: Job, delivery: Delivery) -> list[dict[str, Any]]:
     ]
 
 
+async def _encoded(result: run.Result, delivery: Delivery) -> list[Picture]:
+    """Beside the event loop, unless the way to another thread takes longer than the encoding."""
+    if sum(math.prod(image.size) for image in result.images) <= AT_ONCE:
+        return encoded(result, delivery)
+    return await asyncio.to_thread(encoded, result, delivery)
+
+
 def _text(picture: Picture) -> str:
     return base64.b64encode(picture.data).decode("ascii")
 
@@ -285,7 +294,7 @@ async def _ending(service: Service, job: Job, delivery: Delivery) -> AsyncIterat
     except Refused as refused:
         yield _event("error", refused.body)
         return
-    pictures = await asyncio.to_thread(encoded, result, delivery)
+    pictures = await _encoded(result, delivery)
     compared = await asyncio.to_thread(_compared, job, delivery)
     for picture, beside in zip(pictures, compared, strict=True):
         yield _event(
