@@ -151,7 +151,7 @@ def convert(plan: Plan, truth: Plan, dialect: str, writing: Writing) -> Converte
     or a layer lost more than `writing.max_error`; then nothing stays.
     """
     prepared = exporting.prepare(plan, dialect)
-    kept = plan.notes[len(truth.notes) + 1 :]  # the first one counts what does not stay
+    kept = plan.notes[len(truth.notes) + 2 :]  # the first two count what does not stay
     _require_room(prepared, writing)
     if writing.dry_run:
         return Converted(plan=plan, prepared=prepared, kept=kept)

@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffquant import patterns, preset, sources
+from diffquant.attach import hush
 from diffquant.converters import calibrate
 from diffquant.converters._options import Calibration
+from diffquant.converters._progress import counted
 from diffquant.errors import ConvertError, UsageError
 from diffquant.loading import RunFlags, load
 from diffquant.resolve import ModelFlags
@@ -67,15 +69,18 @@ def _require_consistent(asked: Calibration) -> None:
 def _measured(asked: Calibration, prompts: Path, source: str, number: str) -> dict[str, float]:
     model, component = pipeline_of(source)
     known = preset.for_model(model)
-    found: dict[str, float] = calibrate.calibrate(
-        load(ModelFlags(model_path=model), RunFlags()),
-        calibrate.prompts_of(prompts),
-        defaults=_defaults(known),
-        component=component,
-        method=asked.calibration_method,
-        percentile=asked.percentile,
-        number=number,
-    )
+    hush()
+    with counted() as tell:
+        found: dict[str, float] = calibrate.calibrate(
+            load(ModelFlags(model_path=model), RunFlags()),
+            calibrate.prompts_of(prompts),
+            defaults=_defaults(known),
+            component=component,
+            method=asked.calibration_method,
+            percentile=asked.percentile,
+            number=number,
+            tell=tell,
+        )
     if asked.save_calibration is not None:
         calibrate.save(found, asked.save_calibration)
     return found

@@ -1,13 +1,15 @@
-"""The one progress bar of the converters: on stderr, where stderr is a terminal."""
+"""The progress bars of the converters, of bytes and of things: on stderr, where that is a terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TaskID,
     TextColumn,
@@ -16,21 +18,47 @@ from rich.progress import (
 
 from diffquant import writing
 
+#: what is being done, done, of
+Tell = Callable[[str, int, int], None]
+
+
+def untold(what: str, done: int, of: int) -> None:
+    """For whoever shows no bars."""
+
 
 @contextmanager
 def bar(*, shown: bool = True) -> Iterator["Bar"]:
+    """Bars of bytes."""
+    with _progress(DownloadColumn(), shown=shown) as bars:
+        yield Bar(bars)
+
+
+@contextmanager
+def counted() -> Iterator[Tell]:
+    """A bar for each thing that is done many times: drawings, layers."""
+    with _progress(MofNCompleteColumn()) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=of)
+            bars.update(tasks[what], completed=done, total=of)
+
+        yield tell
+
+
+def _progress(amount: ProgressColumn, *, shown: bool = True) -> Progress:
     """Bars that vanish when the block is left; none at all where nobody would see them."""
     console = Console(stderr=True)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
-        DownloadColumn(),
+        amount,
         TimeElapsedColumn(),
     )
     silent = not (shown and console.is_terminal)
-    with Progress(*columns, console=console, transient=True, disable=silent) as bars:
-        yield Bar(bars)
+    return Progress(*columns, console=console, transient=True, disable=silent)
 
 
 def told(bars: "Bar | None", what: str) -> writing.Progress | None:

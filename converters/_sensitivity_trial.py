@@ -1,6 +1,6 @@
 """The model with any of its layers kept dense: what a budget chooses by, one measurement at a time."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,13 +9,11 @@ from diffquant import loading, preset
 from diffquant.compare import budget as budgets
 from diffquant.compare.alone import Exchange, Questions, Unit
 from diffquant.compare.sides import Side, loaded
+from diffquant.converters._progress import Tell
 from diffquant.converters._sensitivity_figures import Place, Wish
 from diffquant.loading import DTYPES, RunFlags
 from diffquant.resolve import ModelFlags
 from diffquant.run import Request, fill
-
-#: what is being done, done, of
-Tell = Callable[[str, int, int], None]
 
 
 class Trial:

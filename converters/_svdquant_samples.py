@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from diffquant import headers, patterns, preset
+from diffquant.attach import hush
 from diffquant.converters._inputs import pipeline_of
+from diffquant.converters._progress import Tell, counted, untold
 from diffquant.errors import ConvertError
 from diffquant.loading import RunFlags, load
 from diffquant.plan import LayerPlan, Piece, Plan, PlanFile, Recode, Role, TensorRef
@@ -35,6 +37,7 @@ def capture(
     defaults: Mapping[str, Any],
     component: str = "transformer",
     seed: int = 0,
+    tell: Tell = untold,
 ) -> dict[str, Tensor]:
     """Layer -> rows of its input, [M, K] on the CPU.
 
@@ -44,6 +47,7 @@ def capture(
         for index, prompt in enumerate(prompts):
             request = fill(Request(prompt=prompt, seed=seed + index), pipeline, defaults)
             generate(pipeline, request)
+            tell("sampling inputs", index + 1, len(prompts))
     found = {name: reservoir.rows for name, reservoir in sorted(seen.items())}
     broken = [name for name, rows in found.items() if not bool(rows.isfinite().all())]
     if broken:
@@ -55,12 +59,15 @@ def drawn(source: str, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Samples of the pipeline that `source`, or the component it names, belongs to."""
     model, component = pipeline_of(source)
     known = preset.for_model(model)
-    return capture(
-        load(ModelFlags(model_path=model), RunFlags()),
-        prompts,
-        defaults={} if known is None else known.defaults,
-        component=component,
-    )
+    hush()
+    with counted() as tell:
+        return capture(
+            load(ModelFlags(model_path=model), RunFlags()),
+            prompts,
+            defaults={} if known is None else known.defaults,
+            component=component,
+            tell=tell,
+        )
 
 
 def save(samples: Mapping[str, Tensor], path: Path, *, overwrite: bool = True) -> None:

@@ -17,13 +17,16 @@ from torch import Tensor, nn
 
 from diffquant import preset
 from diffquant.activations import quantized
+from diffquant.attach import hush
 from diffquant.converters._command import ConverterCommand
+from diffquant.converters._progress import Tell, counted, untold
 from diffquant.errors import ConvertError, UsageError
 from diffquant.loading import RunFlags, load
 from diffquant.plan import Activation, Role
 from diffquant.recode import input_scale
 from diffquant.resolve import ModelFlags
 from diffquant.run import Request, fill, generate
+from diffquant.writing import require_absent
 
 PERCENTILE = 99.99
 #: Numbers that `mse` can weigh: those with one scale for the whole input.
@@ -49,6 +52,7 @@ def calibrate(
     percentile: float = PERCENTILE,
     number: str = "fp8",
     seed: int = 0,
+    tell: Tell = untold,
 ) -> dict[str, float]:
     """Layer -> amax of its input over all steps of all prompts.
 
@@ -65,6 +69,7 @@ def calibrate(
         for index, prompt in enumerate(prompts):
             request = fill(Request(prompt=prompt, seed=seed + index), pipeline, defaults)
             generate(pipeline, request)
+            tell("measuring inputs", index + 1, len(prompts))
     found = {name: watcher.amax for name, watcher in sorted(seen.items())}
     broken = [name for name, amax in found.items() if not torch.isfinite(torch.tensor(amax))]
     if broken:
@@ -74,6 +79,7 @@ def calibrate(
 
 def save(amax: Mapping[str, float], path: Path) -> None:
     """Writes the calibration file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(dict(amax), indent=1) + "\n", "utf-8")
     partial.replace(path)
@@ -194,7 +200,7 @@ def _observed(model: nn.Module, watchers: Callable[[], Watcher]) -> Iterator[dic
 # the command -----------------------------------------------------------------------------------------
 
 
-@click.command(cls=ConverterCommand)
+@click.command(cls=ConverterCommand, short_help="Measure inputs while prompts are drawn.")
 @click.argument("model_path")
 @click.argument("output", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--prompts", type=click.Path(exists=True, path_type=Path), help="One prompt a line.")
@@ -210,6 +216,7 @@ def _observed(model: nn.Module, watchers: Callable[[], Watcher]) -> Iterator[dic
     help="What inputs will become; for the method mse.",
 )
 @click.option("--seed", default=0, show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace the output.")
 def main(
     model_path: str,
     output: Path,
@@ -220,6 +227,7 @@ def main(
     percentile: float,
     number: str,
     seed: int,
+    overwrite: bool,
 ) -> None:
     """Measure the inputs of MODEL_PATH's transformer over some prompts and write OUTPUT (JSON)."""
     wanted = [*typed, *([] if prompts is None else prompts_of(prompts))]
@@ -227,18 +235,22 @@ def main(
         raise UsageError(
             "calibration needs prompts", hint="--prompt 'a red apple', or --prompts FILE"
         )
+    require_absent(output, overwrite)
+    hush()
     pipeline = load(ModelFlags(model_path=model_path), RunFlags())
     known = preset.for_model(model_path)
-    amax = calibrate(
-        pipeline,
-        wanted,
-        defaults={} if known is None else known.defaults,
-        component=component,
-        method=method,
-        percentile=percentile,
-        number=number,
-        seed=seed,
-    )
+    with counted() as tell:
+        amax = calibrate(
+            pipeline,
+            wanted,
+            defaults={} if known is None else known.defaults,
+            component=component,
+            method=method,
+            percentile=percentile,
+            number=number,
+            seed=seed,
+            tell=tell,
+        )
     save(amax, output)
     click.echo(f"{len(amax)} layers measured over {len(wanted)} prompts: {output}")
 

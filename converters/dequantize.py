@@ -173,7 +173,7 @@ def _cast(name: str, make: Any, dtype: torch.dtype) -> Tensor:
 # the command -----------------------------------------------------------------------------------------
 
 
-@click.command(cls=ConverterCommand)
+@click.command(cls=ConverterCommand, short_help="Plain weights again, of any format.")
 @click.argument("source")
 @writing_argument
 @click.option("--dtype", type=click.Choice(list(WIDE)), default="bf16", show_default=True)

@@ -13,29 +13,20 @@ Memory: the dense pipeline and the encoded transformer, side by side.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import click
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 from diffquant.attach import hush
 from diffquant.compare import budget as budgets
 from diffquant.compare.budget import Budget
 from diffquant.compare.chart import picture
 from diffquant.converters._command import ConverterCommand
+from diffquant.converters._progress import Tell, counted, untold
 from diffquant.converters._sensitivity_figures import PROMPTS, STEPS, Sensitivity, Wish
-from diffquant.converters._sensitivity_trial import Tell, Trial
+from diffquant.converters._sensitivity_trial import Trial
 from diffquant.errors import ConvertError, UsageError
 from diffquant.kernels import Numerics
 from diffquant.loading import DTYPES
@@ -47,9 +38,7 @@ __all__ = ["Sensitivity", "Wish", "main", "sensitivity"]
 CURVE = 40
 
 
-def sensitivity(
-    wish: Wish, budget: Budget, tell: Tell = lambda what, done, of: None
-) -> Sensitivity:
+def sensitivity(wish: Wish, budget: Budget, tell: Tell = untold) -> Sensitivity:
     """Measure every layer, choose, and measure what was chosen.
 
     Raises ConvertError for a budget that cannot be met, UsageError for an encoding or a component
@@ -76,7 +65,7 @@ def sensitivity(
 # the command -----------------------------------------------------------------------------------------
 
 
-@click.command(cls=ConverterCommand)
+@click.command(cls=ConverterCommand, short_help="What each layer costs, and a preset.")
 @click.argument("model")
 @click.option("--encoding", required=True, metavar="NAME", help="A value of --quantization.")
 @click.option(
@@ -154,7 +143,7 @@ def main(
     )
     _require_new([output, _plot(output), report], overwrite)
     hush()
-    with _bars() as tell:
+    with counted() as tell:
         found = sensitivity(wish, budget, tell)
     written = output or Path(f"{found.family}-{found.scheme}-measured.toml")
     _require_new([written, _plot(written)], overwrite)
@@ -196,30 +185,6 @@ def _write(found: Sensitivity, written: Path, report: Path | None) -> None:
     partial = written.with_name(f"{written.name}.partial")
     partial.write_text(found.preset(), "utf-8")
     partial.replace(written)
-
-
-@contextmanager
-def _bars() -> Iterator[Tell]:
-    """One bar for each thing that is being done, where stderr is a terminal."""
-    console = Console(stderr=True)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bars:
-        tasks: dict[str, Any] = {}
-
-        def tell(what: str, done: int, of: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=of)
-            bars.update(tasks[what], completed=done, total=of)
-
-        yield tell
 
 
 if __name__ == "__main__":

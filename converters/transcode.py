@@ -95,7 +95,7 @@ def transcode(
 # the command -----------------------------------------------------------------------------------------
 
 
-@click.command(cls=ConverterCommand)
+@click.command(cls=ConverterCommand, short_help="Another dialect; no number changes.")
 @click.argument("source")
 @writing_argument
 @click.option("--to", required=True, type=click.Choice(exporting.writable()), help="The dialect.")

@@ -314,7 +314,7 @@ def _folder(output: Path, origin: str, overwrite: bool) -> Iterator[Path]:
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
-@click.command(cls=ConverterCommand)
+@click.command(cls=ConverterCommand, short_help="msModelSlim's Wan 2.2 for diffusers.")
 @click.option("--model-type", required=True, type=click.Choice(list(MODELS)))
 @click.option(
     "--original-model-path", required=True, type=FOLDER, help="The plain diffusers pipeline."

@@ -173,6 +173,7 @@ def test_the_command_says_what_it_would_do_and_then_does_it(flux: str, tmp_path:
     would, did = json.loads(dry.stdout), json.loads(ran.stdout)
     assert would["bytes"] == did["bytes"]
     assert would["kept"] == did["kept"]
+    assert would["kept"] and all(" stay" in rule for rule in would["kept"])
     assert len(did["fidelity"]["worst"]) == 10
     assert ran.stderr.startswith("layer ")
     again = CliRunner().invoke(main, [*typed, "--dry-run"])

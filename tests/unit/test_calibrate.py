@@ -97,6 +97,8 @@ def test_the_bundled_model_is_measured_by_the_command(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "c.json").read_text())
     assert found["proj_out"] > 1
     assert amax(Calibration(calibration=tmp_path / "c.json"), "emoji_flux", list(found)) == found
+    again = CliRunner().invoke(main, typed)
+    assert again.exit_code == 1 and "--overwrite replaces it" in again.stderr
 
 
 def test_calibration_options_that_contradict_are_refused(tmp_path: Path) -> None:
