@@ -38,7 +38,7 @@ from diffquant.families import FAMILIES, Naming, located
 from diffquant.formats.modelslim import EXPERTS
 from diffquant.plan import Plan
 from diffquant.tensors import Passing
-from diffquant.writing import GIB, Declared, require_absent, write
+from diffquant.writing import Declared, require_absent, require_space, write
 
 WEIGHTS = "quant_model_weight*.safetensors"
 DESCRIPTION = "quant_model_description*.json"
@@ -272,14 +272,7 @@ def _require_space(
         if not (output / component).exists()
         for path in source.header.files
     ]
-    needed = sum(path.stat().st_size for path in (*others, *transformers))
-    free = shutil.disk_usage(output).free
-    if needed > free:
-        raise ConvertError(
-            f"{needed / GIB:.1f} GiB are to be written and {free / GIB:.1f} GiB are free at "
-            f"{str(output.parent)!r}",
-            hint="choose an output on another disk",
-        )
+    require_space(output, sum(path.stat().st_size for path in (*others, *transformers)))
 
 
 @contextmanager

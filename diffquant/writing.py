@@ -394,18 +394,22 @@ def require_absent(output: Path, overwrite: bool) -> None:
         raise ConvertError(f"{str(output)!r} exists", hint="--overwrite replaces it")
 
 
+def require_space(partial: Path, needed: int) -> None:
+    """Raises ConvertError when the disk of a folder, to be made beside its place, is too small."""
+    free = shutil.disk_usage(partial).free
+    if needed > free:
+        raise ConvertError(
+            f"{needed / 1e6:,.1f} MB are to be written and {free / 1e6:,.1f} MB are free at "
+            f"{str(partial.parent)!r}",
+            hint="choose an output on another disk",
+        )
+
+
 def _require_space(
     partial: Path, shards: Sequence[_Shard], finished: Sequence[_Shard], beside: Path | None
 ) -> None:
     copied = sum(path.stat().st_size for path in _others(beside))
-    needed = copied + sum(shard.size for shard in shards if shard not in finished)
-    free = shutil.disk_usage(partial).free
-    if needed > free:
-        raise ConvertError(
-            f"{needed / GIB:.1f} GiB are to be written and {free / GIB:.1f} GiB are free at "
-            f"{str(partial.parent)!r}",
-            hint="choose an output on another disk",
-        )
+    require_space(partial, copied + sum(shard.size for shard in shards if shard not in finished))
 
 
 def _write_index(path: Path, shards: Sequence[_Shard]) -> None:
