@@ -12,15 +12,19 @@ and codes are buffers; without one it copies every block back to host memory.
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
 
 from diffquant.errors import UsageError
-from diffquant.paging import Keep, Pages, rehome, tensors_of
+from diffquant.paging import Keep, Mapped, Pages, rehome, tensors_of
 from diffquant.residence import Mode, Residence
 from diffquant.visiting import STREAMED, OnDevice
+
+#: Of a module that is no block: pages of smaller ones are not worth giving back.
+WORTH_GIVING_BACK = 1 << 20
 
 
 def place(
@@ -45,6 +49,15 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     for child in model.children():
         # Iterated as children, because lists hold None where a model leaves a module out.
         found.extend(child.children() if isinstance(child, nn.ModuleList) else blocks(child))
+    return found
+
+
+def others(model: nn.Module) -> list[nn.Module]:
+    """The largest modules that neither are blocks nor hold any: embedders, final layers."""
+    found: list[nn.Module] = []
+    for child in model.children():
+        if not isinstance(child, nn.ModuleList):
+            found.extend(others(child) if blocks(child) else [child])
     return found
 
 
@@ -105,7 +118,7 @@ def stream_from_disk(
     model: nn.Module, residence: Residence, device: torch.device, keep: Keep | None = None
 ) -> None:
     """One model's blocks from their files, and back to nothing but them. A CPU computes with mapped
-    pages, an accelerator with copies of them."""
+    pages, those of all other modules included, an accelerator with copies of them."""
 
     def movable(block: nn.Module) -> Movable:
         pages = Pages(tensors_of(block))
@@ -114,6 +127,8 @@ def stream_from_disk(
     if keep is not None:
         rehome(model, keep)
     _stream(model, residence, movable, rest=device)
+    if device.type == "cpu":
+        _give_back_others(model)
 
 
 _WAYS: Mapping[Mode, Callable[..., Any]] = {
@@ -213,19 +228,28 @@ def _stream(
             tensor.data = tensor.data.to(rest)
     stream = Stream([movable(block) for block in moving], residence.prefetch)
     for number, block in enumerate(moving):
-        _surround(block, stream, number)
+        _surround(block, partial(stream.enter, number), partial(stream.leave, number))
 
 
-def _surround(block: nn.Module, stream: Stream, number: int) -> None:
-    """Calls of the block go through the stream, outside of whatever compiled it: a hook would be
-    compiled with the block, once more for each."""
-    inner = block._compiled_call_impl or block._call_impl
+def _give_back_others(model: nn.Module) -> None:
+    """What is in no block is read where it is mapped; its pages go when its call is done."""
+    mapped = Mapped()
+    for module in others(model):
+        pages = Pages(tensors_of(module), mapped)
+        if pages.nbytes >= WORTH_GIVING_BACK:
+            _surround(module, pages.arrive, pages.release)
+
+
+def _surround(module: nn.Module, enter: Callable[[], None], leave: Callable[[], None]) -> None:
+    """What calls of the module begin and end with, outside of whatever compiled it: a hook would be
+    compiled with the module, once more for each."""
+    inner = module._compiled_call_impl or module._call_impl
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        stream.enter(number)
+        enter()
         try:
             return inner(*args, **kwargs)
         finally:
-            stream.leave(number)
+            leave()
 
-    block._compiled_call_impl = call
+    module._compiled_call_impl = call

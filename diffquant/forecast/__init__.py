@@ -197,21 +197,20 @@ def _mapped_on_cpu(run: _Run) -> list[Stage]:
 
 
 def _streamed_on_cpu(run: _Run) -> list[Stage]:
-    """A component leaves behind what is in no block, and transformers the blocks that stay and those
-    that were prefetched for a step that did not come."""
+    """Transformers leave behind the blocks that stay and those that were prefetched for a step that
+    did not come. What is in no block is read where it is mapped, and goes with its call."""
     base = LIBRARIES + LIBRARIES_AT_WORK
     none = Residence(mode="disk", prefetch=run.residence.prefetch)
-    reading = max((_window(each, none) for each in run.readers), default=0)
-    read = sum(each.rest - each.looked_up for each in run.readers)
-    drawing = sum(_stays(each, run.residence) for each in run.drawers)
-    at_work = max((_window(each, run.residence) for each in run.drawers), default=0)
+    reading = max((_at_work(each, none) for each in run.readers), default=0)
+    drawing = sum(sum(each.blocks[: run.residence.resident]) for each in run.drawers)
+    at_work = max((_at_work(each, run.residence) for each in run.drawers), default=0)
     behind = sum(sum(_moving(each, run.residence)[: none.prefetch]) for each in run.drawers)
-    denoise = base + read + drawing + run.scratch
+    denoise = base + drawing + run.scratch
     decoders = sum(each.total for each in run.decoders)
     passing = max((each.passing for each in run.drawers), default=0)
     return [
         Stage("load", LIBRARIES + max(run.working, _spilled_at_once(run, passing)), 0),
-        Stage("encode", base + read + reading, 0),
+        Stage("encode", base + reading, 0),
         Stage("denoise", denoise + at_work + run.denoising, 0),
         Stage("decode", denoise + behind + decoders + max(run.decoding, run.kept_free), 0),
     ]
@@ -298,6 +297,11 @@ def _moving(held: Holding, residence: Residence) -> tuple[int, ...]:
 
 def _stays(held: Holding, residence: Residence) -> int:
     return held.rest + sum(held.blocks[: residence.resident])
+
+
+def _at_work(held: Holding, residence: Residence) -> int:
+    """Of a component on a CPU: its blocks, or what is in none of them where that is more."""
+    return max(_window(held, residence), held.rest - held.looked_up)
 
 
 def _window(held: Holding, residence: Residence) -> int:

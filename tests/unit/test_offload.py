@@ -17,7 +17,7 @@ from diffquant.families import FAMILIES
 from diffquant.kernels import choose
 from diffquant.linear import QuantLinear
 from diffquant.materialize import materialize
-from diffquant.offload import Stream, blocks, place
+from diffquant.offload import Stream, blocks, others, place, stream_from_disk
 from diffquant.paging import PAGE, Mapped, Pages, Spill, tensors_of
 from diffquant.residence import ON_DEVICE, Residence
 from diffquant.schemes import SCHEMES
@@ -225,6 +225,17 @@ def test_the_blocks_are_those_the_family_names(name: str, make: Callable[[], Any
     assert {*map(id, blocks(model))} == {id(block) for held in lists for block in held}
 
 
+@pytest.mark.parametrize("make", [tiny.tiny_flux, tiny.tiny_wan])
+def test_blocks_and_others_are_all_modules_with_weights_and_each_once(
+    make: Callable[[], Any],
+) -> None:
+    model = make().transformer
+    units = [*blocks(model), *others(model)]
+    found = [id(tensor) for unit in units for tensor in tensors_of(unit)]
+    own = {id(tensor) for tensor in [*model._parameters.values(), *model._buffers.values()]}
+    assert sorted(found) == sorted({*map(id, tensors_of(model))} - own)
+
+
 # ------------------------------------------------------------------------------------------ by files
 
 
@@ -291,6 +302,28 @@ def test_pages_that_were_given_back_are_out_of_memory_until_they_are_read(tmp_pa
     pages.release()
     assert full - resident() > 0.9 * kept.nbytes
     assert kept.sum() == kept.numel()
+
+
+class Embedded(nn.Module):
+    """Four megabytes in front of one block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedder = nn.Linear(1024, 1024, bias=False)
+        self.blocks = nn.ModuleList([nn.Linear(1024, 16)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[0](self.embedder(x))  # type: ignore[no-any-return]
+
+
+def test_what_is_in_no_block_leaves_memory_with_its_call(tmp_path: Path) -> None:
+    model, x = Embedded().requires_grad_(False), torch.randn(1, 1024)
+    wanted = model(x)
+    stream_from_disk(model, Residence(mode="disk"), CPU, Spill(tmp_path).keep)
+    model.embedder.weight.sum()
+    before = resident()
+    assert torch.equal(model(x), wanted)
+    assert before - resident() > 0.9 * model.embedder.weight.nbytes
 
 
 def resident() -> int:
