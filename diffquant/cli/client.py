@@ -46,6 +46,8 @@ def COMMAND(url: str, api_key: str | None, output_path: str, as_json: bool, **va
     paths = [_saved(event, values["prompt"], Path(output_path), n) for n, event in enumerate(drawn)]
     for line in drawn[0]["truth"]:
         _talk.say(line)
+    for line in drawn[0].get("notes", ()):
+        _talk.note(line)
     _talk.say(f"drawn in {drawn[0]['inference_time_s']:.1f} s, saved as")
     told = {"paths": [str(path) for path in paths], **_without_picture(drawn[0])}
     click.echo(json.dumps(told, indent=2) if as_json else "\n".join(map(str, paths)))

@@ -130,6 +130,12 @@ def test_a_long_prompt_is_told_how_long_it_may_be(served: Served) -> None:
     assert told == "prompt is 10000 characters, at most 8000 is served"
 
 
+def test_a_size_that_is_rounded_is_told(served: Served) -> None:
+    rounded = served.draw(**SHORT, size="70x64").json()
+    assert rounded["notes"] == ["70x64 was asked for, the pipeline drew 64x64"]
+    assert "notes" not in served.draw(**SHORT, size="64x64").json()
+
+
 def test_width_that_contradicts_size_is_refused(served: Served) -> None:
     assert "contradicts size" in served.draw(**SHORT, size="64x64", width=32).text
 
