@@ -167,9 +167,12 @@ def _bars(items: Sequence[Bar], across: Axis, up: Axis) -> Iterator[str]:
 
 def _wall(wall: tuple[str, float], across: Axis) -> str:
     at = across.at(wall[1])
+    # Beside the line, on the side where there is room: above it stands what the axis measures.
+    anchor, beside = ("", at + GAP) if at < WIDTH / 2 else (" end", at - GAP)
     return (
         f'<line class="wall" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-        f'<text class="label end" x="{at:.1f}" y="{TOP - 6}">{escape(wall[0])}</text>'
+        f'<text class="label{anchor}" x="{beside:.1f}" y="{TOP + LINE / 2:.1f}">'
+        f"{escape(wall[0])}</text>"
     )
 
 
