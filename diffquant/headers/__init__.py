@@ -68,7 +68,7 @@ class Container:
 CONTAINERS: Registry[Container] = Registry("diffquant.headers", "CONTAINER")
 
 #: Metadata in which shards of one set may differ; the first file's value is kept.
-PER_FILE_METADATA = frozenset({"format", "split.no"})
+PER_FILE_METADATA = frozenset({"format", "split.no", "tensor_names"})
 
 #: How many first bytes it takes to recognize a container or a stranger.
 _FIRST_BYTES = 64
