@@ -5,6 +5,7 @@ import http.client
 import itertools
 import json
 import re
+import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -89,6 +90,11 @@ def _events(url: str, api_key: str | None, body: Mapping[str, Any]) -> Iterator[
         try:
             connection.request("POST", path, json.dumps(body), headers)
             answer = connection.getresponse()
+        except ssl.SSLCertVerificationError as error:
+            raise SourceError(
+                f"the certificate of {url} is not trusted: {error.verify_message}",
+                hint="SSL_CERT_FILE=cert.pem in the environment trusts that one",
+            ) from error
         except OSError as error:
             raise SourceError(
                 f"nobody answers at {url}: {error}", hint="diffquant serve"

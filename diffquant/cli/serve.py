@@ -1,5 +1,7 @@
 """`diffquant serve`: a pipeline behind HTTP, until it is told to stop."""
 
+import os
+import ssl
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -188,6 +190,10 @@ def _serve(model: ModelFlags, dry: loading.DryRun, values: Mapping[str, Any]) ->
     if failures:
         raise failures[0]
     _talk.say("stopped")
+    if service.line.is_alive:
+        # In a step that outlasted the drain; an interpreter that ends around it would abort.
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _serve_on_ray(model: ModelFlags, dry: loading.DryRun, values: Mapping[str, Any]) -> None:
@@ -238,9 +244,21 @@ def _settings(values: Mapping[str, Any]) -> "Settings":
 
     if (values["ssl_keyfile"] is None) != (values["ssl_certfile"] is None):
         raise UsageError("--ssl-keyfile and --ssl-certfile belong together")
+    if values["ssl_certfile"] is not None:
+        _require_certificate(values["ssl_certfile"], values["ssl_keyfile"])
     settings = Settings(**_options.given(Settings, values))
     settings.require_safe()
     return settings
+
+
+def _require_certificate(certificate: str, key: str) -> None:
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+    except (ssl.SSLError, OSError) as error:
+        raise UsageError(
+            f"{certificate!r} is no certificate, or {key!r} is not its key",
+            hint="openssl req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out cert.pem",
+        ) from error
 
 
 def _name(dry: loading.DryRun, values: Mapping[str, Any]) -> str:

@@ -1,6 +1,8 @@
 """The routes put together, and the process around them."""
 
 import asyncio
+import errno
+import os
 import signal
 import socket
 import threading
@@ -10,6 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 import uvicorn
 from fastapi import FastAPI
 
+from diffquant.errors import RunError
 from diffquant.run import versions
 from diffquant.serve import about, admin, edits, health, images, page, refusals, videos, watching
 from diffquant.serve.bodies import FIELDS
@@ -80,6 +83,12 @@ def server(service: Service, **ssl: str | None) -> Server:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes any free one. Raises OSError where the port is taken."""
+    """A listening socket; port 0 takes any free one. Raises RunError where it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host.strip("[]"), port), family=family, backlog=256)
+    try:
+        return socket.create_server((host.strip("[]"), port), family=family, backlog=256)
+    except OSError as error:
+        raise RunError(
+            f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0).lower()}",
+            hint=f"--port {port + 1}" if error.errno == errno.EADDRINUSE else "--host 127.0.0.1",
+        ) from error

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,19 @@ def test_what_cannot_be_served_is_refused_before_anything_is_loaded(
 ) -> None:
     assert run(["serve", *words]) in (1, 2)
     assert told in capsys.readouterr().err
+
+
+def test_what_is_no_certificate_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    for path in (key, certificate):
+        path.write_text("-----BEGIN NOTHING-----\n")
+    words = ["--ssl-keyfile", str(key), "--ssl-certfile", str(certificate)]
+    assert run(["serve", "--port", "0", *words]) == 2
+    assert "is no certificate" in capsys.readouterr().err
+    assert run(["serve", "--port", "0", *words[:2]]) == 2
+    assert "belong together" in capsys.readouterr().err
 
 
 def test_a_taken_port_is_told(capsys: pytest.CaptureFixture[str]) -> None:
