@@ -139,6 +139,9 @@ async def finished(service: Service, job: Job, request: Request) -> run.Result:
         why = "the client left" if gone.done() else "timed out"
         service.line.stop(job, why)
         raise _stopped(why)
+    except asyncio.CancelledError as over:
+        # The server was told to stop, and the drain is over before the picture is done.
+        raise Refused(503, "the server shuts down", code="closing") from over
     finally:
         done.cancel()
         gone.cancel()

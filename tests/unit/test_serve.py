@@ -431,6 +431,16 @@ def test_a_server_told_to_stop_finishes_what_it_has(pipeline: Any, truth: bytes)
             httpx.get(f"{leaving.url}/health")
 
 
+def test_who_outlasts_the_drain_is_told_that_the_server_ends(pipeline: Any) -> None:
+    with ThreadPoolExecutor() as pool, serving(lambda: pipeline, drain=0.2) as leaving:
+        answer = pool.submit(leaving.draw, **LONG)
+        until(lambda: leaving.service.line.running is not None)
+        leaving.running.should_exit = True
+        told = answer.result()
+        until(lambda: not leaving.service.line.is_alive)
+    assert (told.status_code, told.json()["error"]["message"]) == (503, "the server shuts down")
+
+
 # who may come in
 
 
