@@ -1,39 +1,50 @@
 """`python -m benchmarks.gpu [--output FILE] [--seconds N]`: FLUX.1-shaped steps on one NVIDIA GPU.
 
-Needs torch for CUDA with its triton, and nothing else that is not in this repository: no diffusers,
-no network, no file. With the defaults it takes under eight minutes on an H200, of which compiling is
-most; what there is no time for is named as left out. Results are printed as they come.
+Needs torch for CUDA with its triton, 40 GiB of the GPU's memory, and nothing else that is not in this
+repository: no diffusers, no network, no file; torchao is measured where it is installed. With the
+defaults it takes under eight minutes, of which compiling is most; what there is no time for is named
+as left out. Rows are printed as they come, and kept in FILE, which may be a copy of RESULTS.md.
 
 First, single products at FLUX's shapes and 4,608 tokens against bf16 `F.linear`; then one denoising
 step of 12 billion random parameters at 1024 x 1024 pixels and 512 words: eager, compiled, memory, and
 the error of the step's result against bf16's. Weights are normal numbers, which no scheme is made
 for: errors compare methods with each other and say nothing of pictures.
+
+`--rehearse` does all of it on a CPU with a small model, so that nothing is met for the first time
+on a machine that is paid by the minute.
 """
 
 import argparse
 import gc
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu._linears import Method, here, made
-from benchmarks.gpu._model import DOUBLE, IMAGE, MLP, SINGLE, TEXT, WIDTH, Flux, inputs
+from benchmarks import _machine, _results
+from benchmarks._measuring import Goal, Ratio
+from benchmarks.gpu._linears import Method, here, made, torchao_fp8
+from benchmarks.gpu._model import FLUX, SMALL, Flux, Shape, inputs
 from diffquant.device import Device
 from diffquant.errors import KernelError
 
-BF16 = "bf16"
+ORDER, NAME, TITLE = 70, "gpu", "On a GPU"
+BF16, FP8, SVDQ = "bf16", "fp8", "svdq-int4"
+#: Those with goals first: time may run out.
 METHODS = {
-    BF16: Method(None),
-    "fp8": Method("fp8"),
-    "fp8, Triton's inputs": Method("fp8", "triton_scaled_mm"),
-    "fp8, Triton": Method("fp8", "triton_fp8_w8a8"),
+    BF16: Method(),
+    FP8: Method("fp8"),
+    SVDQ: Method("svdq_int4", "triton_svdq"),
     "nvfp4, weight-only": Method("nvfp4", "triton_nvfp4"),
-    "svdq-int4": Method("svdq_int4", "triton_svdq"),
+    "torchao fp8": Method(theirs=torchao_fp8),
+    "fp8, Triton": Method("fp8", "triton_fp8_w8a8"),
+    "fp8, Triton's inputs": Method("fp8", "triton_scaled_mm"),
 }
 #: Measured as products only.
 PRODUCTS = METHODS | {
@@ -42,122 +53,234 @@ PRODUCTS = METHODS | {
     "int4, weight-only": Method("int4", "triton_int4"),
     "svdq-int4, weight-only": Method("svdq_int4", "triton_int4"),
 }
-SHAPES_NK = ((WIDTH, WIDTH), (MLP, WIDTH), (WIDTH, MLP))
 GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """Where, how large, and until when (of `time.perf_counter`) something may begin."""
+
+    place: Device
+    shape: Shape
+    until: float
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.place.kind)
+
+    @property
+    def backend(self) -> str:
+        return "inductor" if self.place.kind == "cuda" else "eager"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """Seconds, bytes, and what the step returned."""
+
+    eager: float
+    compiled: float
+    weights: int
+    peak: int
+    result: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """What a method should need at most, as a ratio to bf16."""
+
+    method: str
+    what: str
+    of: Callable[[Step], float]
+    goal: Goal
+
+
+AIMS = (
+    Aim(FP8, "compiled time", lambda step: step.compiled, Goal(1 / 1.5)),
+    Aim(SVDQ, "compiled time", lambda step: step.compiled, Goal(1.0)),
+    Aim(SVDQ, "weights", lambda step: step.weights, Goal(0.32)),
+    Aim(SVDQ, "peak memory", lambda step: step.peak, Goal(0.32)),
+)
 
 
 def main() -> int:
     options = _options()
-    if not torch.cuda.is_available():
-        sys.exit("error: no GPU that torch can drive\nhint: `python -m benchmarks` is for a CPU")
-    begun, place = time.perf_counter(), here()
+    if not torch.cuda.is_available() and not options.rehearse:
+        sys.exit(
+            "error: no GPU that torch can drive\nhint: `--rehearse` takes a CPU, for the steps only"
+        )
+    asked = Asked(
+        place=here(),
+        shape=SMALL if options.rehearse else FLUX,
+        until=time.perf_counter() + options.seconds,
+    )
     torch._dynamo.config.recompile_limit = 64
-    lines = [f"{place.name} ({place.arch}), torch {torch.__version__}"]
+    lines: list[str] = []
     with torch.inference_mode():
-        for section in (_products, _steps):
-            for line in section(place, begun + options.seconds, options):
-                print(line, flush=True)
-                lines.append(line)
-                if options.output:
-                    options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for line in _told(asked):
+            print(line, flush=True)
+            lines.append(line)
+            if options.output:
+                _results.store(options.output, [(ORDER, NAME, "\n".join(lines))])
     return 0
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where lines are kept as well")
-    parser.add_argument("--seconds", type=int, default=450, help="begin nothing later [450]")
-    parser.add_argument("--double", type=int, default=DOUBLE, help="double blocks [19]")
-    parser.add_argument("--single", type=int, default=SINGLE, help="single blocks [38]")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where the section is kept")
+    parser.add_argument("--seconds", type=int, default=400, help="begin nothing later [400]")
+    parser.add_argument("--rehearse", action="store_true", help="a small model, a CPU will do")
     return parser.parse_args()
 
 
-def _products(place: Device, until: float, options: argparse.Namespace) -> "list[str]":
+def _told(asked: Asked) -> Iterator[str]:
+    """The section, line by line. What it was measured on comes first: a run may be cut off."""
+    shape, place = asked.shape, asked.place
+    yield f"## {TITLE}\n"
+    yield (
+        f"{place.name} ({place.arch}). {shape.double} double and {shape.single} single blocks of "
+        f"FLUX.1's kind, width {shape.width}, random weights, {shape.image} + {shape.text} tokens. "
+        "Errors are relative to bf16's result.\n"
+    )
+    yield f"<sub>`python -m benchmarks.gpu`. {_machine.description(torch.get_num_threads())}</sub>\n"
+    yield from _products(asked)
+    yield ""
+    yield from _steps(asked)
+
+
+def _there(methods: dict[str, Method]) -> dict[str, Method]:
+    """Without those of a library that is not installed."""
+    own = find_spec("torchao") is not None
+    return {name: method for name, method in methods.items() if own or method.theirs is None}
+
+
+def _products(asked: Asked) -> Iterator[str]:
     """A table of single products; a row per method."""
-    shapes = " | ".join(f"{n} x {k}" for n, k in SHAPES_NK)
-    lines = [
-        "",
-        f"| {IMAGE + TEXT} tokens, ms and relative error | {shapes} |",
-        "|---|---|---|---|",
-    ]
-    for name, method in PRODUCTS.items():
-        cells = [_product(method, n, k, place) for n, k in SHAPES_NK]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+    width, mlp = asked.shape.width, asked.shape.mlp
+    shapes = ((width, width), (mlp, width), (width, mlp))
+    yield _row((f"{asked.shape.tokens} tokens, ms and error", *(f"{n} x {k}" for n, k in shapes)))
+    yield "|---|---|---|---|"
+    for name, method in _there(PRODUCTS).items():
+        yield _row((name, *(_product(method, n, k, asked) for n, k in shapes)))
 
 
-def _product(method: Method, n: int, k: int, place: Device) -> str:
-    x = torch.randn(IMAGE + TEXT, k, device="cuda").bfloat16()
+def _product(method: Method, n: int, k: int, asked: Asked) -> str:
+    x = torch.randn(asked.shape.tokens, k, device=asked.device).bfloat16()
     try:
-        ours, plain = (made(each, "product", n, k, place) for each in (method, METHODS[BF16]))
+        ours, plain = (made(each, "product", n, k, asked.place) for each in (method, Method()))
     except KernelError as problem:
         return f"refused: {problem.hint or problem}"
     lost = _lost(ours(x), plain(x))
-    return f"{1e3 * _seconds(lambda: ours(x), 20):.3f}, {lost:.2e}"
+    return f"{1e3 * _seconds(lambda: ours(x), 20, asked.device):.3f}, {lost:.2e}"
 
 
-def _steps(place: Device, until: float, options: argparse.Namespace) -> "list[str]":
-    """A table of whole steps; a row per method."""
-    head = ("", "eager s", "compiled s", "weights GiB", "peak GiB", "error")
-    lines = ["", f"| {' | '.join(head)} |", "|---|---|---|---|---|---|"]
-    wanted: Tensor | None = None
-    for name, method in METHODS.items():
-        if time.perf_counter() > until:
-            lines.append(f"| {name} | left out: no time | | | | |")
+def _steps(asked: Asked) -> Iterator[str]:
+    """A table of whole steps, a row per method, and the goals."""
+    yield _row(("one step", "eager s", "compiled s", "weights GiB", "peak GiB", "error"))
+    yield "|---|---|---|---|---|---|"
+    found: dict[str, Step] = {}
+    for name, method in _there(METHODS).items():
+        if time.perf_counter() > asked.until:
+            yield _row((name, "left out: no time", "", "", "", ""))
             continue
         try:
-            cells, result = _step(method, place, options)
-        except KernelError as problem:
-            lines.append(f"| {name} | refused: {problem.hint or problem} | | | | |")
+            step = found[name] = _step(method, asked)
+        except (KernelError, torch.OutOfMemoryError) as problem:
+            yield _row((name, f"failed: {str(problem).splitlines()[0]}", "", "", "", ""))
             continue
-        wanted = result if wanted is None else wanted
-        lines.append(f"| {name} | {' | '.join(cells)} | {_lost(result, wanted):.2e} |")
-        print(lines[-1], file=sys.stderr, flush=True)
-    return lines
+        seconds = (f"{each:.3f}" for each in (step.eager, step.compiled))
+        sizes = (f"{each / GIB:.2f}" for each in (step.weights, step.peak))
+        wanted = found[BF16].result if BF16 in found else step.result
+        yield _row((name, *seconds, *sizes, f"{_lost(step.result, wanted):.2e}"))
+    yield from _goals(found)
 
 
-def _step(method: Method, place: Device, options: argparse.Namespace) -> tuple[list[str], Tensor]:
-    """Seconds eager and compiled, weights, peak; and what the step returns."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    model = Flux(
-        lambda path, n, k: made(method, path, n, k, place), options.double, options.single
-    ).eval()
-    torch.cuda.synchronize()
-    gc.collect()
-    held = torch.cuda.memory_allocated() - before
-    given = inputs(torch.device("cuda"))
-    torch.cuda.reset_peak_memory_stats()
+def _goals(found: dict[str, Step]) -> Iterator[str]:
+    """What of the goals can be told."""
+    if BF16 not in found or not found[BF16].peak:  # a rehearsal
+        return
+    for aim in AIMS:
+        if aim.method in found:
+            share = aim.of(found[aim.method]) / aim.of(found[BF16])
+            verdict = aim.goal.verdict(Ratio(share, share))
+            yield f"\n{aim.method}, {aim.what}: {share:.2f} of bf16's ({verdict})"
+
+
+def _step(method: Method, asked: Asked) -> Step:
+    """A model of its own, eager and then compiled block by block."""
+    torch._dynamo.reset()
+    before = _allocated(asked.device)
+    model = Flux(lambda path, n, k: made(method, path, n, k, asked.place), asked.shape).eval()
+    weights = _allocated(asked.device) - before
+    given = inputs(asked.shape, asked.device)
+    _forget_peak(asked.device)
     result = model(*given)
-    peak = torch.cuda.max_memory_allocated() - before
-    eager = _seconds(lambda: model(*given), 5)
+    peak = _peak(asked.device) - before
+    eager = _seconds(lambda: model(*given), 5, asked.device)
     for block in (*model.doubles, *model.singles):
-        _compile(block)
-    compiled = _seconds(lambda: model(*given), 5)
-    return [f"{eager:.3f}", f"{compiled:.3f}", f"{held / GIB:.2f}", f"{peak / GIB:.2f}"], result
+        _compile(block, asked.backend)
+    compiled = _seconds(lambda: model(*given), 5, asked.device)
+    return Step(eager=eager, compiled=compiled, weights=weights, peak=peak, result=result)
 
 
-def _compile(block: nn.Module) -> None:
-    block.compile(fullgraph=True)
+def _compile(block: nn.Module, backend: str) -> None:
+    block.compile(fullgraph=True, backend=backend)
 
 
-def _seconds(work: Callable[[], object], rounds: int) -> float:
-    """The median of so many rounds, after two that do not count."""
-    times = []
-    for turn in range(rounds + 2):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        stop.record()
-        torch.cuda.synchronize()
-        if turn >= 2:
-            times.append(start.elapsed_time(stop) / 1e3)
-    return float(median(times))
+def _row(cells: tuple[str, ...]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _lost(ours: Tensor, wanted: Tensor) -> float:
     return float((ours.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+# What a CPU cannot tell is 0 there.
+
+
+def _allocated(device: torch.device) -> int:
+    """Bytes of tensors that live."""
+    gc.collect()
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated()
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+
+
+def _seconds(work: Callable[[], object], rounds: int, device: torch.device) -> float:
+    """The median of so many rounds, after two that do not count."""
+    taken = _on_gpu(work, rounds + 2) if device.type == "cuda" else _on_cpu(work, rounds + 2)
+    return median(taken[2:])
+
+
+def _on_gpu(work: Callable[[], object], rounds: int) -> list[float]:
+    """Seconds between marks in the stream, which is never empty where the host keeps up."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        work()
+        mark.record()
+    torch.cuda.synchronize()
+    pairs = zip(marks, marks[1:], strict=False)
+    return [start.elapsed_time(stop) / 1e3 for start, stop in pairs]
+
+
+def _on_cpu(work: Callable[[], object], rounds: int) -> list[float]:
+    taken = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    return taken
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Linears of one model in several encodings: the same random weights, made anew for each."""
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +19,31 @@ from diffquant.schemes import SCHEMES, Scheme
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A scheme by name, None for bf16, and the kernel that is demanded; None: the best one."""
+    """How linears are stored and multiplied.
 
-    scheme: str | None
+    scheme  of ours, by name; None: bf16
+    kernel  that is demanded on a GPU; None: the best one
+    theirs  bf16 linear -> another library's
+    """
+
+    scheme: str | None = None
     kernel: str | None = None
+    theirs: Callable[[nn.Linear], nn.Module] | None = None
+
+
+def torchao_fp8(linear: nn.Linear) -> nn.Module:
+    """torchao's FP8 with one scale per row of weight and input."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    model = nn.Sequential(linear)
+    quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+    return model[0]
 
 
 def here() -> Device:
-    """The first GPU, as torch sees it: a container need not show its driver's library."""
+    """The first GPU, as torch sees it: a container need not show its driver's library. Else the CPU."""
+    if not torch.cuda.is_available():
+        return places.parse("cpu")
     major, minor = torch.cuda.get_device_capability()
     return Device(
         kind="cuda",
@@ -45,13 +63,14 @@ def dense(path: str, n: int, k: int, device: torch.device) -> Tensor:
 
 
 def made(method: Method, path: str, n: int, k: int, place: Device) -> nn.Module:
-    """The linear of that path without bias, on torch's current GPU."""
-    weight = dense(path, n, k, torch.device("cuda"))
-    if method.scheme is None:
-        linear = nn.Linear(k, n, bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        return linear
-    return encoded(SCHEMES.load(method.scheme), method.kernel, path, weight, place)
+    """The linear of that path without bias, on the device."""
+    weight = dense(path, n, k, torch.device(place.kind))
+    if method.scheme is not None:
+        demanded = method.kernel if place.kind == "cuda" else None
+        return encoded(SCHEMES.load(method.scheme), demanded, path, weight, place)
+    linear = nn.Linear(k, n, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear if method.theirs is None else method.theirs(linear)
 
 
 def encoded(

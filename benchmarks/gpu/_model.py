@@ -1,18 +1,39 @@
 """A FLUX.1-shaped transformer in plain torch, for machines without diffusers: random weights, true widths.
 
-19 double and 38 single blocks of width 3072, 24 heads, 12 billion parameters, with the modulation,
-attention, rotary positions and MLPs of FLUX.1. What it computes is no picture; what it costs is.
+Double and single blocks with the modulation, attention, rotary positions and MLPs of FLUX.1. What it
+computes is no picture; what it costs is.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention, silu
 
-WIDTH, HEADS, MLP = 3072, 24, 12288
-DOUBLE, SINGLE = 19, 38
-IMAGE, TEXT = 4096, 512
+HEAD = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Widths, numbers of blocks, and tokens of a step."""
+
+    width: int
+    mlp: int
+    double: int
+    single: int
+    image: int
+    text: int
+
+    @property
+    def tokens(self) -> int:
+        return self.image + self.text
+
+
+#: 12 billion parameters; 1024 x 1024 pixels and 512 words.
+FLUX = Shape(width=3072, mlp=12288, double=19, single=38, image=4096, text=512)
+#: To rehearse with.
+SMALL = Shape(width=256, mlp=512, double=1, single=1, image=64, text=16)
 
 #: path, N, K -> the linear there
 Make = Callable[[str, int, int], nn.Module]
@@ -21,14 +42,15 @@ Make = Callable[[str, int, int], nn.Module]
 class Stream(nn.Module):
     """One of the two streams of a double block: what of it is the stream's own."""
 
-    def __init__(self, path: str, make: Make) -> None:
+    def __init__(self, path: str, make: Make, shape: Shape) -> None:
         super().__init__()
-        self.modulation = make(f"{path}.modulation", 6 * WIDTH, WIDTH)
+        width, mlp = shape.width, shape.mlp
+        self.modulation = make(f"{path}.modulation", 6 * width, width)
         self.q, self.k, self.v, self.out = (
-            make(f"{path}.{name}", WIDTH, WIDTH) for name in ("q", "k", "v", "out")
+            make(f"{path}.{name}", width, width) for name in ("q", "k", "v", "out")
         )
-        self.up = make(f"{path}.up", MLP, WIDTH)
-        self.down = make(f"{path}.down", WIDTH, MLP)
+        self.up = make(f"{path}.up", mlp, width)
+        self.down = make(f"{path}.down", width, mlp)
 
     def heads(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h = modulated(x, shift, scale)
@@ -45,9 +67,11 @@ class Stream(nn.Module):
 class Double(nn.Module):
     """Two streams that attend to each other."""
 
-    def __init__(self, path: str, make: Make) -> None:
+    def __init__(self, path: str, make: Make, shape: Shape) -> None:
         super().__init__()
-        self.image, self.text = Stream(f"{path}.image", make), Stream(f"{path}.text", make)
+        self.image, self.text = (
+            Stream(f"{path}.{name}", make, shape) for name in ("image", "text")
+        )
 
     def forward(
         self, image: Tensor, text: Tensor, vector: Tensor, turns: Tensor
@@ -69,12 +93,13 @@ class Double(nn.Module):
 class Single(nn.Module):
     """One stream; attention and MLP beside each other."""
 
-    def __init__(self, path: str, make: Make) -> None:
+    def __init__(self, path: str, make: Make, shape: Shape) -> None:
         super().__init__()
-        self.modulation = make(f"{path}.modulation", 3 * WIDTH, WIDTH)
-        self.q, self.k, self.v = (make(f"{path}.{name}", WIDTH, WIDTH) for name in "qkv")
-        self.up = make(f"{path}.up", MLP, WIDTH)
-        self.out = make(f"{path}.out", WIDTH, WIDTH + MLP)
+        width, mlp = shape.width, shape.mlp
+        self.modulation = make(f"{path}.modulation", 3 * width, width)
+        self.q, self.k, self.v = (make(f"{path}.{name}", width, width) for name in "qkv")
+        self.up = make(f"{path}.up", mlp, width)
+        self.out = make(f"{path}.out", width, width + mlp)
 
     def forward(self, x: Tensor, vector: Tensor, turns: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(silu(vector))[:, None].chunk(3, -1)
@@ -86,12 +111,16 @@ class Single(nn.Module):
 
 
 class Flux(nn.Module):
-    """The blocks; image, text [1, tokens, 3072] and vector [1, 3072] -> image."""
+    """The blocks; image, text [1, tokens, width] and vector [1, width] -> image."""
 
-    def __init__(self, make: Make, double: int = DOUBLE, single: int = SINGLE) -> None:
+    def __init__(self, make: Make, shape: Shape) -> None:
         super().__init__()
-        self.doubles = nn.ModuleList(Double(f"double.{at}", make) for at in range(double))
-        self.singles = nn.ModuleList(Single(f"single.{at}", make) for at in range(single))
+        self.doubles = nn.ModuleList(
+            Double(f"double.{at}", make, shape) for at in range(shape.double)
+        )
+        self.singles = nn.ModuleList(
+            Single(f"single.{at}", make, shape) for at in range(shape.single)
+        )
 
     def forward(self, image: Tensor, text: Tensor, vector: Tensor, turns: Tensor) -> Tensor:
         for block in self.doubles:
@@ -104,12 +133,13 @@ class Flux(nn.Module):
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return layer_norm(x, (WIDTH,)) * (1 + scale) + shift
+    return layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
 
 
 def split(x: Tensor) -> Tensor:
-    """[1, tokens, 3072] -> [1, heads, tokens, 128]."""
-    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    """[1, tokens, width] -> [1, heads, tokens, 128]."""
+    heads: Tensor = x.unflatten(-1, (-1, HEAD))
+    return heads.transpose(1, 2)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> Tensor:
@@ -124,15 +154,16 @@ def turned(x: Tensor, turns: Tensor) -> Tensor:
     return torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), -1).flatten(-2)
 
 
-def inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A step of 1024 x 1024 pixels and 512 words, in bfloat16."""
+def inputs(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What one step is given, in bfloat16."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device).bfloat16()
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, device=device).bfloat16()
 
-    angles = torch.arange(TEXT + IMAGE, device=device)[:, None] / 10000 ** (
+    angles = torch.arange(shape.tokens, device=device)[:, None] / 10000 ** (
         torch.arange(64, device=device) / 64
     )
     turns = torch.stack((angles.cos(), angles.sin())).bfloat16()
-    return normal(1, IMAGE, WIDTH), normal(1, TEXT, WIDTH), normal(1, WIDTH), turns
+    image, text = (normal(1, count, shape.width) for count in (shape.image, shape.text))
+    return image, text, normal(1, shape.width), turns
