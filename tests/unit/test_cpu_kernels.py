@@ -1,6 +1,8 @@
 """The portable CPU kernels against the weights their codecs define, and against themselves misled."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Barrier
 
 import pytest
 import torch
@@ -131,6 +133,26 @@ def test_a_larger_layer_before_does_not_show_in_the_next() -> None:
     for other in CASES:
         product(other, parts_of(other), x_MK)
     assert torch.equal(product(case, parts_of(case), x_MK), first)
+
+
+def test_threads_have_scratch_of_their_own_and_do_not_disturb_each_other() -> None:
+    x_MK = torch.randn(65, K, generator=torch.Generator().manual_seed(1)).bfloat16()
+    parts = [parts_of(case) for case in CASES]
+    alone = [product(*each, x_MK) for each in zip(CASES, parts, strict=True)]
+    start = Barrier(4)
+
+    def work(_: int) -> tuple[int, list[Tensor]]:
+        start.wait()
+        place = _cpu.buffer("whole", 8, torch.bfloat16).data_ptr()
+        pairs = zip(CASES, parts, strict=True)
+        return place, [product(case, held, x_MK) for case, held in pairs for _ in range(3)]
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(work, range(4)))
+    assert len({place for place, _ in found}) == 4
+    for _, products in found:
+        pairs = zip(products, (each for each in alone for _ in range(3)), strict=True)
+        assert all(torch.equal(own, wanted) for own, wanted in pairs)
 
 
 @pytest.mark.parametrize("name", sorted({case.kernel for case in CASES}))
