@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from diffquant.errors import DiffquantError, RunError, UsageError
-from diffquant.run import OnStep, Request, fill, generate, read_metadata, recorded, save, slug
+from diffquant.run import (
+    OnStep,
+    Request,
+    fill,
+    generate,
+    read_metadata,
+    recorded,
+    rounded,
+    save,
+    slug,
+)
 
 DIGITS = 10  # hexadecimal, of the digest in a name
 
@@ -39,12 +49,16 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of a line; `kept` pictures were there before."""
+    """What became of a line; `kept` pictures were there before.
+
+    note  what is otherwise than asked
+    """
 
     number: int
     state: State
     paths: tuple[Path, ...] = ()
     error: str | None = None
+    note: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """One line of the log."""
@@ -53,6 +67,7 @@ class Outcome:
             "state": self.state,
             "paths": [str(path) for path in self.paths],
             **({} if self.error is None else {"error": self.error}),
+            **({} if self.note is None else {"note": self.note}),
         }
 
 
@@ -60,6 +75,8 @@ def read(path: Path, typed: Request) -> tuple[Line, ...]:
     """Every line that is not blank. Raises UsageError where there is none, or no such file."""
     try:
         text = path.read_text("utf-8")
+    except FileNotFoundError as error:
+        raise UsageError(f"--input-file {str(path)!r}: there is no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--input-file {str(path)!r} cannot be read: {error}") from error
     spoken = _object if path.suffix == ".jsonl" else _prompt
@@ -101,7 +118,8 @@ def draw(
         except MISFORTUNES as error:
             yield Outcome(number=line.number, state="failed", error=told(error))
             continue
-        yield Outcome(number=line.number, state="drawn", paths=tuple(paths))
+        note = rounded(line.request, result.request)
+        yield Outcome(number=line.number, state="drawn", paths=tuple(paths), note=note)
 
 
 def name_of(request: Request, report: Mapping[str, Any]) -> str:

@@ -185,6 +185,8 @@ def _tell_outcome(outcome: "Outcome", as_json: bool) -> None:
         _talk.say(f"line {outcome.number} failed: {outcome.error}")
     else:
         click.echo("\n".join(map(str, outcome.paths)))
+        if outcome.note is not None:
+            _talk.note(f"line {outcome.number}: {outcome.note}")
 
 
 def _tell_notes(dry: loading.DryRun, prepared: Prepared) -> None:
@@ -261,13 +263,11 @@ def _profiled(
 
 
 def _tell_size(values: Mapping[str, Any], result: "Result") -> None:
-    """Pipelines round sizes to what their autoencoder can draw."""
-    drawn = result.request
-    asked = (values["width"] or drawn.width, values["height"] or drawn.height)
-    if asked != (drawn.width, drawn.height):
-        _talk.note(
-            f"{asked[0]}x{asked[1]} was asked for, the pipeline drew {drawn.width}x{drawn.height}"
-        )
+    from diffquant.run import Request, rounded
+
+    asked = Request(width=values["width"], height=values["height"])
+    if note := rounded(asked, result.request):
+        _talk.note(note)
 
 
 def _heard(result: "Result", name: str | None) -> str:

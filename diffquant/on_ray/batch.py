@@ -166,7 +166,7 @@ class _Run:
             yield from self._failed(name, told(error))
             return
         first, *same = self._lines.pop(name)
-        yield Outcome(number=first.number, state="drawn", paths=paths)
+        yield Outcome(number=first.number, state="drawn", paths=paths, note=drawing.note)
         for line in same:
             yield Outcome(number=line.number, state="kept", paths=paths)
 

@@ -13,7 +13,7 @@ from diffquant.batch import MISFORTUNES, told
 from diffquant.errors import UsageError
 from diffquant.on_ray.place import settle
 from diffquant.resolve import ModelFlags
-from diffquant.run import Request, fill, generate, recorded, save, versions
+from diffquant.run import Request, fill, generate, recorded, rounded, save, versions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +59,14 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawing:
-    """Whole files by name, as they are to be written; or why there are none."""
+    """Whole files by name, as they are to be written; or why there are none.
+
+    note  what is otherwise than asked
+    """
 
     files: Mapping[str, bytes] = field(default_factory=dict)
     error: str | None = None
+    note: str | None = None
 
 
 class Painter:
@@ -104,7 +108,10 @@ class Painter:
                 paths = save(whole, Path(folder) / "drawn", task.name)
             except MISFORTUNES as error:
                 return Drawing(error=told(error))
-            return Drawing(files={path.name: path.read_bytes() for path in paths})
+            return Drawing(
+                files={path.name: path.read_bytes() for path in paths},
+                note=rounded(task.request, result.request),
+            )
 
 
 def packed(name: str, request: Request) -> Task:

@@ -24,7 +24,7 @@ from torch import Tensor
 from diffquant.errors import NonFiniteError, RunError, UsageError
 from diffquant.run._calling import called, draw, pixels_of
 from diffquant.run._files import METADATA_KEY, read_metadata, require_name, save, slug
-from diffquant.run._request import DEFAULT_FPS, DEFAULT_SEED, Request, fill
+from diffquant.run._request import DEFAULT_FPS, DEFAULT_SEED, Request, fill, rounded
 from diffquant.run._result import Result
 from diffquant.run._watching import LatentsWentBad, OnStep, Watch, blame, finite
 from diffquant.sound import sounds
@@ -44,6 +44,7 @@ __all__ = [
     "read_metadata",
     "recorded",
     "require_name",
+    "rounded",
     "save",
     "slug",
     "versions",

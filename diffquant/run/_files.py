@@ -16,6 +16,10 @@ from diffquant.errors import UsageError
 from diffquant.run._result import Result
 from diffquant.video import Film
 
+#: Endings of pictures and videos that somebody means who types them for a picture.
+OTHERS = frozenset(
+    {".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".mp4", ".mov", ".webm"}
+)
 METADATA_KEY = "diffquant"
 LONGEST_STEM = 60  # characters of the prompt in a file name
 
@@ -81,7 +85,7 @@ def slug(prompt: str) -> str:
 
 def _as_png(name: str) -> str:
     suffix = Path(name).suffix.lower()
-    if suffix in (".jpg", ".jpeg", ".webp", ".bmp", ".tiff", ".gif"):
+    if suffix in OTHERS:
         raise UsageError(
             f"pictures are written as PNG, not {suffix!r}", hint=f"{Path(name).stem}.png"
         )

@@ -93,6 +93,13 @@ def fill(request: Request, pipeline: Any, defaults: Mapping[str, Any]) -> Reques
     return _with_guidance(replace(request, **values), request)
 
 
+def rounded(asked: Request, drawn: Request) -> str | None:
+    """That another size was drawn than asked: pipelines round to what their autoencoder can draw."""
+    wanted = f"{asked.width or drawn.width}x{asked.height or drawn.height}"
+    given = f"{drawn.width}x{drawn.height}"
+    return None if wanted == given else f"{wanted} was asked for, the pipeline drew {given}"
+
+
 @cache
 def _accepted(kind: type) -> Mapping[str, Any]:
     """Fields of a request the pipeline's call takes, with its own default for each."""

@@ -208,15 +208,8 @@ def _facts(service: Service, job: Job, result: run.Result, delivery: Delivery) -
         "seeds": list(drawn.seeds),
         "inference_time_s": round(result.seconds, 3),
         "truth": list(service.facts.report.truth_lines),
-        **_notes(job.request, drawn),
+        **({"notes": [note]} if (note := run.rounded(job.request, drawn)) else {}),
     }
-
-
-def _notes(asked: run.Request, drawn: run.Request) -> dict[str, list[str]]:
-    """What is otherwise than asked: pipelines round sizes to what their autoencoder can draw."""
-    wanted, given = f"{asked.width}x{asked.height}", f"{drawn.width}x{drawn.height}"
-    told = f"{wanted} was asked for, the pipeline drew {given}"
-    return {} if wanted == given else {"notes": [told]}
 
 
 def _compared(job: Job, delivery: Delivery) -> list[dict[str, Any]]:

@@ -39,7 +39,7 @@ def test_every_good_line_is_drawn_and_every_bad_one_named(
         "no json",
         {"prompt": "cat", "sed": 4},
         {"prompt": "cat", "image": "nowhere.png"},
-        {"prompt": "cat", "seed": 7},
+        {"prompt": "cat", "seed": 7, "width": 35},
     )
     code, told = run(capsys, file, tmp_path / "out", *STEPS)
     assert code == 1
@@ -53,6 +53,7 @@ def test_every_good_line_is_drawn_and_every_bad_one_named(
     ]
     assert [len(outcome["paths"]) for outcome in told] == [2, 0, 0, 0, 1]
     assert "seed" in told[2]["error"]
+    assert told[4]["note"].startswith("35x") and "note" not in told[0]
     assert read_metadata(Path(told[4]["paths"][0]))["request"]["seed"] == 7
 
 

@@ -111,6 +111,7 @@ def test_a_size_the_pipeline_cannot_draw_is_told(
     ("typed", "said"),
     [
         (["--num-frames", "9"], "--num-frames means nothing to a FluxPipeline"),
+        (["--output-file-name", "a.mp4"], "pictures are written as PNG, not '.mp4'"),
         (["--output-file-name", "a.jpg"], "pictures are written as PNG, not '.jpg'"),
     ],
 )
