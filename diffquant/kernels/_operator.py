@@ -6,8 +6,9 @@
 """
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from diffquant.errors import RunError
 from diffquant.kernels import KERNELS, Spec
 from diffquant.plan import Role
 
@@ -65,6 +66,13 @@ def _operator() -> Any:
         _, _, columns, float32 = _built[text]
         return x.new_empty(x.shape[0], columns, dtype=torch.float32 if float32 else x.dtype)
 
+    def backward(context: Any, gradient: torch.Tensor) -> NoReturn:
+        raise RunError(
+            "gradients do not pass through encoded weights",
+            hint="train the LoRA on the dense model; it is loaded here by --lora",
+        )
+
     registered = torch.library.custom_op("diffquant::multiply", multiply, mutates_args=())
     registered.register_fake(shape_only)
+    registered.register_autograd(backward)
     return registered

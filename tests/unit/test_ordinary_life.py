@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import diffquant
-from diffquant.errors import SourceError, UsageError
+from diffquant.errors import RunError, SourceError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers and transformers warn of themselves
 
@@ -98,3 +98,13 @@ def test_saving_what_would_come_back_as_noise_is_refused(
 def test_a_lora_that_lies_nowhere_is_not_called_misspelled(pipeline: Any) -> None:
     with pytest.raises(SourceError, match="there is no LoRA '/nowhere/ink.safetensors'"):
         pipeline.load_lora_weights("/nowhere/ink.safetensors")
+
+
+def test_training_through_encoded_weights_is_refused_and_calling_is_not() -> None:
+    transformer = loaded().transformer
+    layer = transformer.transformer_blocks[0].attn.to_q
+    given = torch.randn(2, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+    drawn = layer(given)
+    assert torch.equal(drawn.detach(), layer(given.detach()))
+    with pytest.raises(RunError, match="gradients do not pass through encoded weights"):
+        drawn.sum().backward()
