@@ -146,7 +146,9 @@ def globbed(plan: Plan, globs: Iterable[str]) -> dict[str, Stay]:
 def _preset(name: str, family: str) -> preset.Preset | None:
     if name == NOTHING:
         return None
-    return preset.for_algorithm(family, "modelopt_nvfp4") if name == FAMILY else preset.find(name)
+    if name == FAMILY:
+        return preset.for_algorithm(family, "modelopt_nvfp4")
+    return preset.rules_for(family, name)
 
 
 def _stored_as(plan: Plan, spelling: Spelling) -> Plan:

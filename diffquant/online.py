@@ -222,7 +222,7 @@ def _sensitive(
     paths: Sequence[str], scheme: Scheme, family: Family, family_name: str, asked: str | None
 ) -> dict[str, Stay]:
     own = preset.for_algorithm(family_name, scheme.preset)
-    chosen = own if asked is None else preset.find(asked)
+    chosen = own if asked is None else preset.rules_for(family_name, asked)
     rules = {} if chosen is None else preset.kept(chosen, paths)
     name = "" if chosen is None else chosen.name
     found = {path: Stay(f"preset {name}", rule.reason) for path, rule in rules.items()}

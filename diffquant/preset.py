@@ -115,6 +115,21 @@ def find(name: str) -> Preset:
     return parse(path.stem, path.read_text("utf-8"))
 
 
+def rules_for(family: str, name: str) -> Preset:
+    """What `find` finds, for a model of that family. Raises PresetError for rules of another family,
+    and for a preset that has defaults alone."""
+    found = find(name)
+    own = [each for each in map(load, names()) if each.family == family and each.keep]
+    hint = f"those of {family}: {', '.join(each.name for each in own) or 'none'}"
+    if found.family != family:
+        raise PresetError(
+            f"preset {name!r} is for {found.family}, the model is {family}", hint=hint
+        )
+    if not found.keep:
+        raise PresetError(f"preset {name!r} keeps no layer, it has defaults", hint=hint)
+    return found
+
+
 def parse(name: str, text: str) -> Preset:
     """The preset a TOML text spells. Raises PresetError naming the file and the key at fault."""
     try:

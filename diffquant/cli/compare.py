@@ -39,10 +39,12 @@ def _pairs(ctx: click.Context, param: click.Parameter, value: Sequence[str]) -> 
 def _thresholds(
     ctx: click.Context, param: click.Parameter, value: Sequence[str]
 ) -> dict[str, float]:
+    pairs = _pairs(ctx, param, value)
     try:
-        return {name: float(text) for name, text in _pairs(ctx, param, value).items()}
-    except ValueError as error:
-        raise UsageError(f"{param.opts[0]}: {error}", hint="--threshold psnr=28") from error
+        return {name: float(text) for name, text in pairs.items()}
+    except ValueError:
+        said = ", ".join(f"{name}={text}" for name, text in pairs.items())
+        raise UsageError(f"{param.opts[0]} {said}: no number", hint="--threshold psnr=28") from None
 
 
 def _seeds(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:

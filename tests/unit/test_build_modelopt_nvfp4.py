@@ -132,7 +132,7 @@ def test_what_matches_nothing_is_an_error(
     asked: dict[str, Any], export: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        (UsageError, PresetError), match="matches no linear|no layer of the model is"
+        (UsageError, PresetError), match="matches no linear|is for wan, the model is flux1"
     ):
         spliced(export, tmp_path / "out", **asked)
 

@@ -84,7 +84,7 @@ def test_sides_are_spelled_as_the_peers_spell_them(
     ("words", "said"),
     [
         (["--threshold", "psnr"], "--threshold 'psnr' is not of the form NAME=VALUE"),
-        (["--threshold", "psnr=high"], "could not convert string to float"),
+        (["--threshold", "psnr=high"], "psnr=high: no number"),
         (["--threshold", "pnsr=3"], "there is no figure 'pnsr'"),
         (["--level", "harsh"], "there is no level 'harsh'"),
         (["--seeds", "a"], "--seeds 'a' is no list of numbers"),

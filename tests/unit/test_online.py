@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffquant import headers, planner, sources
-from diffquant.errors import UsageError
+from diffquant.errors import PresetError, UsageError
 from diffquant.online import Online, requantized
 from diffquant.plan import LayerPlan, Plan, TensorRef, to_json
 
@@ -47,6 +47,21 @@ def test_sensitive_layers_and_those_of_the_preset_stay_and_say_why(dense: Plan) 
 def test_a_preset_for_four_bits_keeps_more(dense: Plan) -> None:
     eight, four = (requantized(dense, Online(scheme=name)) for name in ("fp8", "nvfp4"))
     assert reached(four) < reached(eight)
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ("hunyuan_video-nvfp4", "is for hunyuan_video, the model is flux1"),
+        ("flux1-dev", "keeps no layer, it has defaults"),
+    ],
+)
+def test_a_preset_that_cannot_be_meant_is_refused(dense: Plan, named: str, said: str) -> None:
+    with pytest.raises(PresetError, match=said) as refused:
+        requantized(dense, Online(scheme="fp8", preset=named))
+    assert "flux1-fp8, flux1-nvfp4, flux1-svdq" in str(refused.value.hint)
+    whole = requantized(dense, Online(scheme="fp8", preset="flux1-nvfp4"))
+    assert reached(whole) < reached(requantized(dense, Online(scheme="fp8")))
 
 
 def test_quantize_all_takes_every_linear_that_fits(dense: Plan) -> None:
