@@ -41,3 +41,14 @@ def test_plan_on_a_cpu_says_what_moving_to_it_would_change(
     assert [way["mode"] for way in found["offload"]] == ["none", "disk"]
     (rule,) = [each for each in found["rules"] if each["rule"] == "offload"]
     assert "--offload model moves nothing here" in rule["sentence"]
+
+
+def test_plan_counts_what_a_budget_keeps_decoded(capsys: pytest.CaptureFixture[str]) -> None:
+    def drawing(*more: str) -> int:
+        assert run(["plan", "--quantization", "fp8", "--device", "cpu", "--json", *more]) == 0
+        stages = json.loads(capsys.readouterr().out)["peaks"]
+        return next(stage["host"] for stage in stages if stage["stage"] == "denoise")
+
+    assert drawing("--memory-budget", "1MB") == drawing() + 10**6
+    assert run(["plan", "--quantization", "fp8", "--memory-budget", "1MB", "--device", "cpu"]) == 0
+    assert "with --offload none and --memory-budget 1MB, estimated:" in capsys.readouterr().out
