@@ -50,7 +50,8 @@ def is_packed(
     """Whether the tensor holds two 4-bit codes per byte."""
     if role is not Role.CODES or stored.is_floating_point() or stored.element_size() != 1:
         return False
-    return "nibbles" in options or stored.shape[-1] < shape[-1]
+    # Groups on an axis of their own are shorter than K, and whole codes all the same.
+    return "nibbles" in options or (stored.ndim < 3 and stored.shape[-1] < shape[-1])
 
 
 def swapped(codes: "Tensor") -> "Tensor":
