@@ -66,6 +66,14 @@ def test_a_picture_appears_with_its_parameters_and_its_truth(tab: Any) -> None:
 
 
 @needs_chromium
+def test_a_size_that_was_rounded_is_told(tab: Any) -> None:
+    ask(tab, "red apple", width=70, num_inference_steps=2)
+    tab.until("history.length === 1 && !abort")
+    told = tab.run("document.getElementById('truth-shown').textContent")
+    assert "70x64 was asked for, the pipeline drew 64x64" in told
+
+
+@needs_chromium
 def test_a_slider_lies_between_the_served_and_the_unquantized_picture(tab: Any) -> None:
     tab.run("document.getElementById('compare').click()")
     ask(tab, "red apple", seed=7, num_inference_steps=4)
