@@ -411,7 +411,7 @@ def _statistics(
 # the command ----------------------------------------------------------------------------------------
 
 
-@click.command(cls=ConverterCommand, short_help="Per-tensor FP8, of an export or plain BF16.")
+@click.command(cls=ConverterCommand, short_help="Per-tensor FP8 of an export or plain BF16.")
 @click.option("--modelopt-hf-dir", metavar="DIR", help="ModelOpt export, or its pipeline.")
 @click.option(
     "--modelopt-backbone-ckpt",

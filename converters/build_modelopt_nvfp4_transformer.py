@@ -268,7 +268,7 @@ def _moved_part(part: Part, files: int) -> Part:
 # the command ---------------------------------------------------------------------------------------
 
 
-@click.command(cls=ConverterCommand, short_help="NVFP4, of an export or plain BF16.")
+@click.command(cls=ConverterCommand, short_help="NVFP4 of an export or plain BF16.")
 @click.option("--modelopt-hf-dir", metavar="DIR", help="ModelOpt export, or its pipeline.")
 @click.option(
     "--base-transformer-dir", metavar="DIR", help="The BF16 transformer it was made from."

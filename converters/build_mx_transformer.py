@@ -47,7 +47,7 @@ def build(
     return convert(quantized(truth, SCHEMES[encoding], choosing), truth, dialect, writing)
 
 
-@click.command(cls=ConverterCommand, short_help="MXFP8, MXFP4 or INT8, of plain BF16.")
+@click.command(cls=ConverterCommand, short_help="MXFP8, MXFP4 or INT8 of plain BF16.")
 @click.option("--from-bf16", required=True, metavar="SOURCE", help="Plain weights to quantize.")
 @click.option("--encoding", required=True, type=click.Choice(list(SCHEMES)))
 @click.option("--dialect", type=click.Choice(DIALECTS), default="modelopt", show_default=True)

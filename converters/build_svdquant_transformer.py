@@ -161,7 +161,7 @@ def _samples(
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-@click.command(cls=ConverterCommand, short_help="Nunchaku's SVDQuant file, of plain BF16.")
+@click.command(cls=ConverterCommand, short_help="Nunchaku's SVDQuant file of plain BF16.")
 @click.option("--from-bf16", required=True, metavar="SOURCE", help="Plain weights to quantize.")
 @click.option("--precision", type=click.Choice(list(PRECISIONS)), default="int4", show_default=True)
 @click.option("--rank", default=32, show_default=True, help="Of the low-rank branch: 32, 128 …")

@@ -37,6 +37,15 @@ class Discovered(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [name.replace("_", "-") for name in self.registry.names()]
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # As click does, but for long names: theirs is one line too.
+        names = self.list_commands(ctx)
+        longest = max(map(len, names))
+        limit = formatter.width - 6 - longest
+        rows = [(name, self.get_command(ctx, name).get_short_help_str(limit)) for name in names]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows, col_max=longest)
+
     def get_command(self, ctx: click.Context, name: str) -> click.Command:
         module = name.replace("-", "_")
         if module not in self.registry.names():
