@@ -52,7 +52,9 @@ class Explained:
 @click.command(short_help="Say how to run a file here, and what else can read it.")
 @click.argument("source")
 @click.option("--model-path", metavar="SOURCE", help="The base, where you know it.")
-@click.option("--device", "device_name", metavar="NAME", help="Of another machine: rtx4090, sm89, cpu …")
+@click.option(
+    "--device", "device_name", metavar="NAME", help="Of another machine: rtx4090, sm89, cpu …"
+)
 @click.option("--local-files-only", is_flag=True, help="Never ask the hub.")
 @_options.JSON
 def COMMAND(
