@@ -8,9 +8,10 @@ Source: bitsandbytes 0.50 (arXiv:2208.07339), bit-equal.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from diffquant.encodings import Codec, int8
+from diffquant.encodings import Codec, Recipe, int8
 from diffquant.encodings._scales import channel_grid, decode_rows, tensor_grid
 from diffquant.plan import Encoding, Role
 
@@ -30,9 +31,17 @@ def decode(
     return decode_rows(codes, lambda rows: rows, shape_NK, scales)
 
 
+def encode(values_NK: "Tensor", encoding: Encoding, recipe: Recipe) -> "dict[Role, Tensor]":
+    """As int8 by rows, whatever granularity is asked for: there is no other. Scales times 127."""
+    rows = replace(recipe, granularity="channel", group=None)
+    parts = int8.encode(values_NK, encoding, rows)
+    return {**parts, Role.CHANNEL_SCALE: parts[Role.CHANNEL_SCALE] * int8.LARGEST}
+
+
 CODEC = Codec(
     bits=8,
     scales=(frozenset({Role.CHANNEL_SCALE}),),
     code_dtypes=frozenset({"I8"}),
     decode=decode,
+    encode=encode,
 )
