@@ -6,7 +6,6 @@ from typing import Any
 from diffquant.errors import SourceError
 from diffquant.sources._folders import COMPONENT, CONFIG, INDEX, Folder, is_weights, not_here
 from diffquant.sources._weight_sets import (
-    NO_PICKLES,
     PICKLES,
     PIPELINE_PREFERENCES,
     WEIGHTS_INDEX,
@@ -51,11 +50,7 @@ def fetch_small(component: Folder) -> None:
 
 
 def _fetch_weights(component: Folder) -> None:
-    files = choose(component, None, PIPELINE_PREFERENCES)
-    pickles = [name for name in component.names() if name.endswith(PICKLES)]
-    if pickles and not files:
-        raise SourceError(f"{component.origin!r} has pickled weights only", hint=NO_PICKLES)
-    for file in files:
+    for file in choose(component, None, PIPELINE_PREFERENCES):
         component.path(file)
 
 

@@ -79,6 +79,7 @@ def choose(
             hint=f"it has: {', '.join(found.name for found in sets_of(folder)) or 'no weights'}",
         )
     if CONFIG in folder.names() and not folder.is_partial:
+        _require_no_pickles(folder)
         return ()
     if folder.is_partial:
         raise not_here(f"the weights of {folder.origin}", folder.origin)
@@ -86,6 +87,12 @@ def choose(
         f"{folder.origin!r} holds no safetensors or GGUF weights",
         hint=where_instead(folder) or f"it holds: {', '.join(folder.names()) or 'nothing'}",
     )
+
+
+def _require_no_pickles(folder: Folder) -> None:
+    """Raises SourceError for weights that are there and cannot be read."""
+    if any(name.endswith(PICKLES) for name in folder.names()):
+        raise SourceError(f"{folder.origin!r} has pickled weights only", hint=NO_PICKLES)
 
 
 def sets_of(folder: Folder) -> list[WeightSet]:

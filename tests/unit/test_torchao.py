@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffquant import headers, planner, sources
-from diffquant.errors import FormatError, PlanError
+from diffquant.errors import FormatError, PlanError, SourceError
 from diffquant.pieces import canonical, decoded
 from diffquant.plan import ROW_MAJOR, Layout, Piece, Plan, Role
 from diffquant.sources import Checkpoint
@@ -133,6 +133,17 @@ def test_codes_of_which_the_header_says_nothing_are_refused(tmp_path: Path) -> N
     save_file(load_file(CASES), tmp_path / "model.safetensors", metadata=metadata)
     with pytest.raises(FormatError, match="of which the header says nothing"):
         planned(tmp_path / "model.safetensors")
+
+
+def test_pickles_beside_a_configuration_are_no_empty_model(tmp_path: Path) -> None:
+    config = {
+        "_class_name": "FluxTransformer2DModel",
+        "quantization_config": {"quant_method": "torchao"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save({"a": torch.ones(1)}, tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(SourceError, match="has pickled weights only"):
+        sources.checkpoint(str(tmp_path))
 
 
 def test_shards_each_list_their_own_tensors(tmp_path: Path) -> None:
