@@ -54,7 +54,7 @@ CHUNKS = 24 * MB
 #: Float32 values that `reference` holds for each value of the layer it decodes.
 WHOLE_LAYERS = 3
 #: Of the activations on a host, what the C library keeps when they are freed.
-KEPT_FREE = 0.75
+KEPT_FREE = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ def forecast(
         drawers=[each for name, each in held.items() if _draws(name)],
         decoders=[each for name, each in held.items() if name == "vae"],
         residence=residence,
-        scratch=_scratch(held, choices or {}, device),
+        scratch=_scratch(held, choices or {}, device, drawn.tokens * compute if drawn else 0),
         denoising=max(
             (denoising_bytes(drawn, it, compute) for n, it in held.items() if _draws(n)), default=0
         )
@@ -169,13 +169,20 @@ def _draws(component: str) -> bool:
 
 
 def _scratch(
-    held: Mapping[str, Holding], choices: Mapping[str, tuple[Choice, ...]], device: Device
+    held: Mapping[str, Holding],
+    choices: Mapping[str, tuple[Choice, ...]],
+    device: Device,
+    column: int,
 ) -> int:
-    """What kernels hold beside weights and activations."""
+    """What kernels hold beside weights and activations; `column` is one value of every token, and
+    those of a CPU keep a copy of their widest input in an order of their own."""
     whole = any("reference" in choice.kernels for each in choices.values() for choice in each)
     if whole:
         return WHOLE_LAYERS * 4 * max(each.decoded for each in held.values())
-    return CHUNKS if device.kind == "cpu" and any(each.decoded for each in held.values()) else 0
+    encoded = [each for each in held.values() if each.decoded]
+    if device.kind != "cpu" or not encoded:
+        return 0
+    return CHUNKS + column * max(each.widest for each in encoded)
 
 
 # Ways of living. What was read from a map stays resident until its pages are given back.
