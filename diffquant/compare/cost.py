@@ -5,7 +5,6 @@ drawn with and let go; every second round goes backwards, so what drifts (clocks
 drifts for all alike. The ratio of two sides is taken within a round, then over rounds.
 """
 
-import ctypes
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from diffquant.compare.means import Mean, mean
+from diffquant.heap import give_back
 
 RESET = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
@@ -100,7 +100,7 @@ def _reset_peak() -> bool:
     if not RESET.exists():
         return False
     # Freed memory goes back first, or the next side would find it there and seem to need none.
-    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
+    give_back()
     try:
         RESET.write_text(RESET_PEAK)
     except OSError:

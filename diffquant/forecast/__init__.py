@@ -25,6 +25,7 @@ from diffquant.forecast._holdings import (
     stored_bytes,
 )
 from diffquant.forecast._keeping import Keeping, keeping
+from diffquant.heap import WORTH_GIVING_BACK
 from diffquant.kernels import Choice
 from diffquant.plan import Plan
 from diffquant.residence import ON_DEVICE, Mode, Residence
@@ -53,8 +54,9 @@ TRITON = 73 * MB
 CHUNKS = 24 * MB
 #: Float32 values that `reference` holds for each value of the layer it decodes.
 WHOLE_LAYERS = 3
-#: Of the activations on a host, what the C library keeps when they are freed.
-KEPT_FREE = 1.0
+#: Of the activations on a host, what the C library keeps when they are freed, if that is not enough
+#: to be given back before decoding.
+KEPT_FREE = 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,7 @@ class _Run:
 
     @property
     def kept_free(self) -> int:
-        return int(KEPT_FREE * self.denoising)
+        return min(int(KEPT_FREE * self.denoising), WORTH_GIVING_BACK)
 
 
 def forecast(

@@ -5,16 +5,15 @@ what quantizing loses, W = U D + decode(encode(W - U D)). Where the plan has sam
 input its smoothing is chosen by them; otherwise nothing but the weight is looked at.
 """
 
-import ctypes
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from diffquant.encodings import ENCODINGS
+from diffquant.heap import give_back
 from diffquant.pieces import canonical, decoded
 from diffquant.plan import DENSE, Piece, Plan, Recode, Role
 from diffquant.recode._codes import codes
@@ -61,7 +60,7 @@ class Encoder:
             made[Role.BIAS] = bias
         if recode.activation is not None and recode.input_amax is not None:
             made[Role.INPUT_SCALE] = input_scale(recode.activation, recode.input_amax)
-        _give_back()
+        give_back()
         return made
 
     def _group(self, key: str, piece: Piece, held: Mapping[Role, Tensor]) -> dict[Role, Tensor]:
@@ -203,20 +202,6 @@ def _dense(piece: Piece, made: Mapping[Role, Tensor]) -> tuple[Tensor, Tensor]:
     if Role.LOWRANK_UP in made:
         weight_NK.addmm_(made[Role.LOWRANK_UP].float(), made[Role.LOWRANK_DOWN].float())
     return weight_NK, shifted
-
-
-def _give_back() -> None:
-    """Let the system have what was freed: glibc keeps blocks below 32 MB between those that live on,
-    and a model of such layers would come to hold three times what it needs."""
-    if (trim := _trimmer()) is not None:
-        trim(0)
-
-
-@cache
-def _trimmer() -> Callable[[int], int] | None:
-    """glibc's malloc_trim, where there is one."""
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    return getattr(library, "malloc_trim", None)
 
 
 def _weight(piece: Piece, held: Mapping[Role, Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffquant.heap import WORTH_GIVING_BACK, give_back
 from diffquant.run._calling import draw
 from diffquant.run._request import Request
 
@@ -45,6 +46,9 @@ class Watch:
         now = time.perf_counter()
         self.seconds.append(now - self._last)
         self._last = now
+        if step + 1 == self.steps:
+            # The autoencoder is next, and takes other shapes.
+            give_back(above=WORTH_GIVING_BACK)
         if self.on_step is not None:
             self.on_step(step + 1, self.steps)
         return values
