@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -64,6 +66,18 @@ def test_a_taken_port_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert "address already in use" in capsys.readouterr().err.lower()
 
 
+def wait_until_ready(url: str) -> None:
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(f"{url}/ready", timeout=30).close()
+        except urllib.error.HTTPError as refused:
+            assert refused.code == 503
+            time.sleep(0.1)
+        else:
+            return
+    raise AssertionError("the server is not ready after 30 seconds")
+
+
 def test_a_process_serves_until_sigterm_and_finishes_what_it_has() -> None:
     start = "import sys; from diffquant.cli import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", start, "serve", "--port", "0", "--device", "cpu"]
@@ -77,6 +91,8 @@ def test_a_process_serves_until_sigterm_and_finishes_what_it_has() -> None:
                 -1
             ]
             assert any("26/34 linears fp8" in line for line in told)
+            # The line tells what was loaded; one layer is held against the reference after it.
+            wait_until_ready(url)
             body = json.dumps({"prompt": "red apple", "stream": True, "progress": True}).encode()
             asked = urllib.request.Request(f"{url}/v1/images/generations", data=body)
             asked.add_header("Content-Type", "application/json")
