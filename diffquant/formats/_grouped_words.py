@@ -78,7 +78,9 @@ def _sizes(codes: Tensor, zeros: Tensor, packing: Packing) -> tuple[int, int, in
             )
         return 4, 8 * codes.shape[1], codes.shape[0]
     n = codes.shape[1]
-    bits = 32 * zeros.shape[1] // n if n else 0
+    if not n:
+        raise FormatError(f"{codes.name!r} has no rows")
+    bits = 32 * zeros.shape[1] // n
     if bits not in ENCODINGS or bits * n != 32 * zeros.shape[1]:
         raise FormatError(
             f"{zeros.name!r} has {zeros.shape[1]} words for {n} rows, {32 * zeros.shape[1] / n:.3g} "

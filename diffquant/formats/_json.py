@@ -1,7 +1,7 @@
 """JSON as writers leave it: in config.json, in header metadata, in files beside the weights."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from diffquant.errors import FormatError
@@ -36,3 +36,10 @@ def blocks(
         place: None if text is None else json_value(text, place),
     }
     return tuple((where, block) for where, block in found.items() if isinstance(block, Mapping))
+
+
+def said_by(
+    found: Iterable[tuple[str, Mapping[str, Any]]], method: str
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Those of the blocks whose `quant_method` is this one, with their places."""
+    yield from ((where, block) for where, block in found if block.get("quant_method") == method)

@@ -12,7 +12,7 @@ Source: AutoAWQ 0.2.9, whose own modules wrote and decoded the cases it is teste
 from diffquant.errors import FormatError
 from diffquant.formats import Format, Hints, Reading
 from diffquant.formats._grouped_words import AWQ, read
-from diffquant.formats._json import blocks
+from diffquant.formats._json import blocks, said_by
 from diffquant.headers import Header
 from diffquant.sources import Checkpoint
 
@@ -21,15 +21,13 @@ KEY = "quantization_config"
 
 
 def _evidence(checkpoint: Checkpoint, header: Header) -> str | None:
-    for where, block in blocks(checkpoint, header, KEY):
-        if block.get("quant_method") == METHOD:
-            return f"{where} says quant_method {METHOD}"
+    for where, _ in said_by(blocks(checkpoint, header, KEY), METHOD):
+        return f"{where} says quant_method {METHOD}"
     return None
 
 
 def _read(checkpoint: Checkpoint, header: Header, hints: Hints) -> Reading:
-    found = blocks(checkpoint, header, KEY)
-    where, block = next(each for each in found if each[1].get("quant_method") == METHOD)
+    where, block = next(said_by(blocks(checkpoint, header, KEY), METHOD))
     version = str(block.get("version") or VERSION).lower()
     if version != VERSION:
         raise FormatError(f"{where} says the codes are packed for {version}, {VERSION} is read")

@@ -6,7 +6,8 @@
     X.g_idx     I32 [K]                  the group of every column; out of order after `desc_act`
 
 `checkpoint_format: gptq_v2` stores zero points as they are. Which of the two it is no tensor tells, so the
-configuration must: in config.json, in the header, or in quantize_config.json beside the weights.
+configuration must: in config.json, in the header, or in quantize_config.json beside the weights. One that
+does not speak of it is of the first kind, for writers named the format when there came to be a second.
 
 Source: AutoGPTQ 0.7.1, whose own modules wrote and decoded the cases it is tested with.
 """
@@ -17,7 +18,7 @@ from typing import Any
 from diffquant.errors import FormatError
 from diffquant.formats import Format, Hints, Reading
 from diffquant.formats._grouped_words import GPTQ, GPTQ_V2, read
-from diffquant.formats._json import blocks, json_object
+from diffquant.formats._json import blocks, json_object, said_by
 from diffquant.headers import Header
 from diffquant.sources import Checkpoint
 
@@ -34,7 +35,7 @@ def _evidence(checkpoint: Checkpoint, header: Header) -> str | None:
 
 def _declared(checkpoint: Checkpoint, header: Header) -> Iterator[tuple[str, Mapping[str, Any]]]:
     found = blocks(checkpoint, header, "quantization_config")
-    yield from ((where, block) for where, block in found if block.get("quant_method") == METHOD)
+    yield from said_by(found, METHOD)
     if SIDE in checkpoint.sidecars and not found:
         block = json_object(checkpoint.sidecars[SIDE].read_text("utf-8"), SIDE)
         if block.get("quant_method", METHOD) == METHOD and "bits" in block:

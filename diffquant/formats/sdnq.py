@@ -23,7 +23,7 @@ from typing import Any
 
 from diffquant.errors import FormatError
 from diffquant.formats import Format, Hints, Reading, StoredLayer, StoredPart
-from diffquant.formats._json import blocks, json_object
+from diffquant.formats._json import blocks, json_object, said_by
 from diffquant.headers import Header, Tensor
 from diffquant.plan import ROW_MAJOR, Encoding, Layout, Role
 from diffquant.sources import Checkpoint
@@ -57,7 +57,7 @@ def _evidence(checkpoint: Checkpoint, header: Header) -> str | None:
 
 def _declared(checkpoint: Checkpoint, header: Header) -> Iterator[tuple[str, Mapping[str, Any]]]:
     found = blocks(checkpoint, header, "quantization_config")
-    yield from ((where, block) for where, block in found if block.get("quant_method") == METHOD)
+    yield from said_by(found, METHOD)
     if SIDE in checkpoint.sidecars and not found:
         block = json_object(checkpoint.sidecars[SIDE].read_text("utf-8"), SIDE)
         if block.get("quant_method") == METHOD:

@@ -146,3 +146,12 @@ def test_the_older_file_beside_the_weights_says_it_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("word", ["gptq", "gptq_marlin", "awq", "awq_marlin", "auto-round"])
 def test_what_people_call_it_is_a_format(word: str) -> None:
     assert aliases.quantizations()[word].format in FORMATS.names()
+
+
+def test_a_layer_without_rows_is_refused(tmp_path: Path) -> None:
+    empty = {"x.qweight": torch.zeros(16, 0, dtype=torch.int32)}
+    empty |= {"x.qzeros": torch.zeros(1, 0, dtype=torch.int32), "x.scales": torch.zeros(1, 0)}
+    block = json.dumps({"quant_method": "gptq", "bits": 4, "group_size": 128})
+    save_file(empty, tmp_path / "model.safetensors", metadata={"quantization_config": block})
+    with pytest.raises(FormatError, match=r"'x.qweight' has no rows"):
+        planned(tmp_path / "model.safetensors")
